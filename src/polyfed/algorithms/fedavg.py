@@ -1,0 +1,147 @@
+"""Federated averaging, of a whole model or of a part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from polyfed.core.aggregate import Aggregate, moments_of, moments_spec, stats_of
+from polyfed.core.algorithm import Algorithm, ClientUpdate, Env, Fit, Fitted
+from polyfed.core.errors import SpecError, UsageError
+from polyfed.core.message import Memory, Message, State
+from polyfed.core.tree import Spec, Tree, is_under, part_of
+
+
+@dataclass(frozen=True)
+class FedAvg(Algorithm):
+    """Federated averaging: θ ← θ + Σᵢ pᵢ (θᵢ − θ), with pᵢ = nᵢ / Σⱼ nⱼ over the clients of the round.
+
+    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
+    algorithm 1. Learning rate, epochs and batch size belong to each client's model.
+
+    With ``shared=`` only a part of the model travels, the rest is the client's own: FedPer and FedRep share the base,
+    LG-FedAvg the head, so that what is not shared may differ between clients in every way.
+
+    What becomes of each part of a model:
+        parameters under `shared`: updates (trained − start) are averaged; dtypes come back as they went.
+        normalisation statistics under `shared`: merged as if all rows had been seen at one place (law of total
+            variance), weighted as the parameters are; never averaged as variances.
+        everything not under `shared`: kept in the client's memory ("own"), statistics included.
+        buffers (counters, what an optimizer remembers), shared or not: never sent, kept in the client's memory, so
+            that they go on where they were. A fully shared model without buffers needs no memory at all.
+
+    Wire: down "params" (θ) and "stats"; up the same names and shapes ("stats" as float64 moments), with numbers ``num_examples`` (training rows),
+    ``steps`` and, where the model reports one, ``loss`` (mean training loss).
+    Invariants (numbered as in tests/algorithms/invariants.py): 1, 14, 16, 18-20, 26, 28, 36,
+    40, 52, 59.
+
+    Attributes:
+        shared: prefixes of entry names, whole path elements ("base", "encoder.0"); () shares everything.
+        weighting: "num_examples" (pᵢ as above) or "uniform" (pᵢ = 1 / number of clients).
+        model: a model to start from, in place of the one that the first client offers; stays at this machine.
+        initial: a state to start from, such as a saved one; stays at this machine. Not together with `model`.
+
+    >>> FedAvg(shared="base").shared
+    ('base',)
+    """
+
+    shared: str | tuple[str, ...] = field(default=(), kw_only=True)
+    weighting: Literal["num_examples", "uniform"] = field(default="num_examples", kw_only=True)
+    model: Any = field(default=None, metadata={"local": True}, kw_only=True, repr=False, compare=False)
+    initial: Any = field(default=None, metadata={"local": True}, kw_only=True, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shared", (self.shared,) if isinstance(self.shared, str) else tuple(self.shared))
+        if not all(self.shared):
+            raise UsageError("shared= holds an empty prefix; leave shared out to share everything")
+        if self.weighting not in ("num_examples", "uniform"):
+            raise UsageError(f'weighting={self.weighting!r} is unknown; write "num_examples" or "uniform"')
+        if self.model is not None and self.initial is not None:
+            raise UsageError("model= and initial= both say where to start; give one of them")
+
+    def is_shared(self, name: str) -> bool:
+        """Whether an entry of a model's state lies in the shared part."""
+        return is_under(name, tuple(self.shared))
+
+    def init(self, env: Env) -> State:
+        return Message(trees=_shared_start(self, env))
+
+    def broadcast(self, state: State, client: str, env: Env) -> Message:
+        del client, env
+        return Message(trees={name: state.trees[name] for name in ("params", "stats") if name in state.trees})
+
+    def client_update(self, message: Message, memory: Memory, env: Env) -> ClientUpdate:
+        fitted: Fitted = yield self.request(message, memory)
+        return self.upload(message, fitted, env), self.remember(memory, fitted)
+
+    def request(self, message: Message, memory: Memory) -> Fit:
+        """What a client is asked to train; variants add terms."""
+        return Fit(start=self.start(message, memory))
+
+    def upload(self, message: Message, fitted: Fitted, env: Env) -> Message:
+        """Trained minus start of what was sent, moments of its statistics, and the numbers."""
+        sent, state = message.trees, fitted.state
+        trees = {"params": state.only(sent["params"]).in_order_of(sent["params"].spec) - sent["params"]}
+        if "stats" in sent:
+            trees["stats"] = moments_of(state.only(sent["stats"]).in_order_of(sent["stats"].spec), sent["stats"])
+        return Message(trees=trees, numbers=numbers_of(fitted, env))
+
+    def remember(self, memory: Memory, fitted: Fitted) -> Memory:
+        """The next memory: buffers and everything that is not shared; nothing new where there is none."""
+        own = {name for name in fitted.state if part_of(name) == "buffers" or not self.is_shared(name)}
+        return memory.put(trees={"own": fitted.state.only(own)}) if own else memory
+
+    def expects(self, sent: Message, env: Env) -> Mapping[str, Spec]:
+        del env
+        return {name: moments_spec(tree.spec) if name == "stats" else tree.spec for name, tree in sent.trees.items()}
+
+    def weight(self, numbers: Mapping[str, float], lag: int, tree: str) -> float:
+        del lag, tree
+        return numbers["num_examples"] if self.weighting == "num_examples" else 1.0
+
+    def server_update(self, state: State, aggregate: Aggregate, env: Env) -> State:
+        del env
+        if not aggregate.clients:
+            return state
+        trees = self.step(state, aggregate.mean("params"))
+        if "stats" in state.trees:
+            trees["stats"] = stats_of(aggregate.mean("stats"), state.trees["stats"])
+        return state.put(trees=trees)
+
+    def step(self, state: State, update: Tree) -> dict[str, Tree]:
+        """The trees of the next state that the mean update changes; server optimizers differ here."""
+        return {"params": state.trees["params"] + update}
+
+
+def numbers_of(fitted: Fitted, env: Env) -> dict[str, float]:
+    """What a client says of its training: ``num_examples``, ``steps``, and ``loss`` where the model reports one."""
+    numbers = {"num_examples": float(env.num_examples), "steps": float(fitted.steps)}
+    return numbers | ({"loss": float(fitted.metrics["loss"])} if "loss" in fitted.metrics else {})
+
+
+def _shared_start(algorithm: FedAvg, env: Env) -> dict[str, Tree]:
+    """The shared part of the first state: "params", and "stats" if it has any.
+
+    Several groups are fine while their shared parts have one spec; the first group's values are taken.
+
+    Raises:
+        UsageError: no group at all, or `shared` names nothing that is trained.
+        SpecError: the shared parts of two groups differ; names both groups and the entries.
+    """
+    if not env.first:
+        raise UsageError(f"{algorithm.name} has no model to start from: no client offers parameters; give model=")
+    parts = {group: first.only({n for n in first if algorithm.is_shared(n)}) for group, first in env.first.items()}
+    chosen, *others = parts
+    trees = {"params": parts[chosen].part("params"), "stats": parts[chosen].part("stats")}
+    if not trees["params"]:
+        known = ", ".join(sorted({n.replace("/", ".").partition(".")[0] for n in env.first[chosen].part("params")})[:8])
+        raise UsageError(f"shared={algorithm.shared!r} names no parameter of {chosen or 'the model'}; it has {known}")
+    for group in others:
+        for name, tree in trees.items():
+            if difference := parts[group].part("params" if name == "params" else "stats").spec.difference(tree.spec):
+                raise SpecError(
+                    f"{algorithm.name} cannot average {group} with {chosen}: {difference}; "
+                    "share an equal part with shared=, or use FedMD, which needs no equal models"
+                )
+    return {name: tree for name, tree in trees.items() if tree}

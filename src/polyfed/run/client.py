@@ -1,0 +1,428 @@
+"""A participant as the user states it, and as it is prepared at its own machine."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from polyfed import data as tables
+from polyfed.core.algorithm import Algorithm, Env
+from polyfed.core.errors import DataError, MissingExtraError, NeedsError, PolyfedError, SpecError, UsageError
+from polyfed.core.message import Message
+from polyfed.core.protocols import Model, Site
+from polyfed.core.rows import Problem
+from polyfed.core.tree import Array, Tree
+from polyfed.data import Parts, Prepared, Raw, Split
+from polyfed.data.table import is_frame
+
+TaskKind = Literal["classification", "regression"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class PreprocessingWarning(UserWarning):
+    """Parameters are averaged between clients whose inputs mean different things."""
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """A participant: a name, a model, data.
+
+    Attributes:
+        name: unique in the federation: ASCII letters, digits, ``_ . -``, at most 64.
+        model: what `pf.torch`, `pf.keras` or `pf.sklearn` made.
+        data: (x, y), a dict of arrays, a DataFrame with `target`, a torch Dataset, a tf.data.Dataset, or a function
+            that returns one of these.
+        target: the column of `data` that is predicted.
+        preprocess: an unfitted scikit-learn transformer, or a function of the inputs; fit on this client's training rows.
+        split: `pf.Split` (fractions) or `pf.Parts` (row numbers).
+        groups, time: column or array: whose row it is, when it was; the split never parts a person or mixes time.
+    """
+
+    name: str
+    model: Model
+    data: Any = field(repr=False)
+    target: Any = None
+    preprocess: Any = field(default=None, repr=False)
+    split: Split | Parts = field(default_factory=Split)
+    groups: Any = field(default=None, repr=False)
+    time: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(str(self.name)):
+            raise UsageError(f"client name {self.name!r}: use ASCII letters, digits, '_', '.', '-', at most 64")
+        if not isinstance(self.model, Model):
+            raise UsageError(
+                f"{self.name}: a {type(self.model).__name__} is not a model of polyfed; "
+                "wrap it: pf.torch(module), pf.keras(model) or pf.sklearn(estimator)"
+            )
+        if not isinstance(self.split, Split | Parts):
+            raise UsageError(
+                f"{self.name}: split={self.split!r} is a {type(self.split).__name__}; "
+                "give fractions, pf.Split(test=0.2), or row numbers, pf.Parts(...)"
+            )
+
+    def read(self) -> Raw:
+        """The rows, whichever form they are given in; raises `DataError`, also for what a function of the user raises."""
+        try:
+            return tables.read(self.name, self.data, target=self.target, groups=self.groups, time=self.time)
+        except PolyfedError:
+            raise
+        except Exception as error:
+            if not callable(self.data):
+                raise
+            raise DataError(f"{self.name}: data= could not be read: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def naming(client: str) -> Iterator[None]:
+    """Puts a client's name before a mistake that an adapter found and could not name; its type stays."""
+    try:
+        yield
+    except MissingExtraError:  # is about the machine, and is made from other arguments
+        raise
+    except UsageError as error:
+        if str(error).startswith((f"{client}:", f"{client} ")):
+            raise
+        raise type(error)(f"{client}: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """All clients of a simulation, prepared.
+
+    Attributes:
+        sites: by name, in the order given.
+        prepared: what made each client's rows.
+        raws, parts: each client's rows before preprocessing, and which are which.
+        public: the raw public rows; None where there are none.
+        first: for each group of one architecture, the state that its first client offers.
+        notes: sentences for the user.
+        given: those of `first` that the job gave (``model=``, ``initial=``); "alone" starts from them too.
+    """
+
+    clients: Mapping[str, Client]
+    sites: Mapping[str, Site]
+    prepared: Mapping[str, Prepared]
+    raws: Mapping[str, Raw]
+    parts: Mapping[str, Parts]
+    problem: Problem
+    public: Raw | None
+    first: Mapping[str, Tree]
+    notes: tuple[str, ...] = ()
+    given: Mapping[str, Tree] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> dict[str, str]:
+        return {name: site.group for name, site in self.sites.items()}
+
+
+def populate(algorithm: Algorithm, clients: Iterable[Client], *, seed: int, task: TaskKind | None = None) -> Population:
+    """Reads, splits and prepares every client's rows, and checks that the algorithm can use every client.
+
+    Raises:
+        UsageError: no client, two of one name, ...
+        DataError: rows that cannot be used; names the client.
+        NeedsError: an algorithm that asks of a client what its model does not offer.
+    """
+    by_name = _named(clients)
+    raws, moved = in_one_order({name: client.read() for name, client in by_name.items()})
+    problem = tables.problem_of({name: _target(raw) for name, raw in raws.items()}, task=task)
+    parts = {name: tables.divide(name, raws[name], client.split, seed=seed) for name, client in by_name.items()}
+    public = public_rows(algorithm, raws, parts)
+    if public is not None:
+        _without_target(public, by_name, raws)
+        public = _ordered_as(next(iter(raws.values())), public)
+    prepared = {
+        name: tables.prepare(
+            name, raws[name], parts[name], problem, preprocess=client.preprocess, public=public, seed=seed
+        )
+        for name, client in by_name.items()
+    }
+    groups = _groups(by_name)
+    sites = {name: site_of(by_name[name], prepared[name], problem, groups[name]) for name in by_name}
+    check_needs(algorithm, sites)
+    for site in sites.values():
+        _check_public(site)
+    first, given = _first(algorithm, sites, seed)
+    notes = _preprocessing_notes(algorithm, raws, prepared)
+    for note in notes:
+        warnings.warn(note, PreprocessingWarning, stacklevel=4)
+    return Population(by_name, sites, prepared, raws, parts, problem, public, first, (*notes, *moved), given)
+
+
+def in_one_order(raws: Mapping[str, Raw]) -> tuple[dict[str, Raw], list[str]]:
+    """Every client's DataFrames with the columns in the first client's order, and a note on those that had another.
+
+    Only where the sets of columns are equal: a column means the same everywhere by its name, never by its place.
+    """
+    model = next(iter(raws.values()))
+    ordered = {name: _ordered_as(model, raw) for name, raw in raws.items()}
+    moved = [name for name, raw in raws.items() if ordered[name] is not raw]
+    if not moved:
+        return ordered, []
+    return ordered, [f"columns of {', '.join(moved)} were put into the order of {next(iter(raws))}"]
+
+
+def _ordered_as(model: Raw, raw: Raw) -> Raw:
+    """`raw` itself where nothing has to move."""
+    inputs = {key: _frame_as(model.inputs.get(key), value) for key, value in raw.inputs.items()}
+    return replace(raw, inputs=inputs) if any(inputs[key] is not raw.inputs[key] for key in inputs) else raw
+
+
+def _frame_as(model: Any, frame: Any) -> Any:
+    if not (is_frame(model) and is_frame(frame)):
+        return frame
+    wanted, there = list(model.columns), list(frame.columns)
+    if wanted == there or set(wanted) != set(there) or len(wanted) != len(there):
+        return frame
+    return frame[wanted]
+
+
+def _without_target(public: Raw, clients: Mapping[str, Client], raws: Mapping[str, Raw]) -> None:
+    """Public rows have no target: as one more input it would shift or widen what every model sees."""
+    inputs = {column for raw in raws.values() for column in raw.columns}
+    for client in clients.values():
+        targets = [client.target] if isinstance(client.target, str) else list(client.target or ())
+        for column in targets:
+            if column in public.columns and column not in inputs:
+                raise DataError(f"public rows have the target column {column!r}; drop it")
+
+
+def _check_public(site: Site) -> None:
+    """A client's model must be able to read the public rows: the same inputs of the same width as its own."""
+    if site.public is None:
+        return
+    own = {key: values.shape[1:] for key, values in site.train.inputs.items()}
+    given = {key: values.shape[1:] for key, values in site.public.inputs.items()}
+    if own != given:
+        raise DataError(
+            f"{site.name}: public rows are {_shapes(given)} a row, its own rows are {_shapes(own)}; "
+            "give public rows with the inputs of the clients and without a target"
+        )
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
+
+
+def _target(raw: Raw) -> Array:
+    assert raw.target is not None  # `read` refuses labelled data without one
+    return raw.target
+
+
+def listed(clients: Iterable[Client]) -> list[Client]:
+    """The clients as a list, also of a generator, which can be read once only."""
+    if isinstance(clients, Client) or not isinstance(clients, Iterable):
+        raise UsageError(f"clients is a {type(clients).__name__}; give a list of pf.Client(name, model, data=...)")
+    return list(clients)
+
+
+def _named(clients: Iterable[Client]) -> dict[str, Client]:
+    clients = listed(clients)
+    if not clients:
+        raise UsageError("a federation needs at least one client; give a list of pf.Client(name, model, data=...)")
+    by_name: dict[str, Client] = {}
+    for client in clients:
+        if not isinstance(client, Client):
+            raise UsageError(f"clients must be pf.Client(...), got a {type(client).__name__}")
+        if client.name in by_name:
+            raise UsageError(f"two clients are called {client.name!r}; names tell clients apart")
+        by_name[client.name] = client
+    return by_name
+
+
+def public_rows(algorithm: Algorithm, raws: Mapping[str, Raw], parts: Mapping[str, Parts]) -> Raw | None:
+    """The public rows as every client gets them, raw: those of the algorithm, or those that the splits set aside."""
+    given = getattr(algorithm, "public", None)
+    aside = [raws[name].take(part.public).unlabelled() for name, part in parts.items() if len(part.public)]
+    if given is not None and aside:
+        raise UsageError("public= and Split(public=...) both name the public rows; give one of them")
+    if given is not None:
+        return tables.read("public", given, labelled=False).unlabelled()
+    return tables.concat(aside) if aside else None
+
+
+def site_of(client: Client, prepared: Prepared, problem: Problem, group: str) -> Site:
+    return Site(
+        client.name, client.model, problem, prepared.train, prepared.validation, prepared.test, prepared.public, group
+    )
+
+
+def _groups(clients: Mapping[str, Client]) -> dict[str, str]:
+    """Client -> name of its architecture group: the model's kind, numbered where one kind has several architectures."""
+    keys: dict[str, list[Any]] = defaultdict(list)
+    found: dict[str, str] = {}
+    for name, client in clients.items():
+        kind, key = client.model.kind, client.model.key
+        if key not in keys[kind]:
+            keys[kind].append(key)
+        number = keys[kind].index(key)
+        found[name] = kind if number == 0 else f"{kind}-{number + 1}"
+    return found
+
+
+def check_needs(algorithm: Algorithm, sites: Mapping[str, Site]) -> None:
+    """Raises `NeedsError`, one sentence a client, where an algorithm asks for what a client's model does not offer."""
+    said = []
+    for site in sites.values():
+        offers = site.model.offers | (frozenset({"public"}) if site.public is not None else frozenset())
+        if missing := algorithm.needs.missing(frozenset(offers)):
+            said.append(f"{site.name} ({site.model.kind}) {_lacks(missing, algorithm)}")
+    if said:
+        raise NeedsError("\n".join(said))
+
+
+_WORDS = {
+    "params": "has no parameters to average",
+    "predict": "cannot predict",
+    "features": "gives no features before its last layer",
+    "terms": "cannot follow loss terms by gradient",
+    "distill": "cannot learn from soft labels",
+    "part": "cannot train a part of itself",
+    "sgd": "does not train by plain SGD",
+    "public": "has no public rows: give public=rows, or let clients set some aside with split=pf.Split(public=0.1)",
+}
+
+
+def _lacks(missing: frozenset[str], algorithm: Algorithm) -> str:
+    said = " and ".join(_WORDS.get(word, f"does not offer {word!r}") for word in sorted(missing))
+    if "params" in missing or "terms" in missing:
+        return f"{said}; {algorithm.name} needs that. FedMD, which exchanges predictions on public rows, can use it"
+    return f"{said}; {algorithm.name} needs that"
+
+
+def _first(algorithm: Algorithm, sites: Mapping[str, Site], seed: int) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    """For each group the state to start from: the job's own if it gives one, else what its first client offers.
+
+    The second mapping holds the groups for which the job gave it.
+    """
+    first: dict[str, Tree] = {}
+    for site in sites.values():
+        if site.group not in first:
+            with naming(site.name):
+                first[site.group] = site.model.first(site.train, first_env(site, seed))
+    given = _given(algorithm, sites, seed)
+    if given is not None:
+        offered = dict(first)
+        fits = [group for group, tree in first.items() if all(tree.spec.get(n) == given.spec[n] for n in given)]
+        if not fits:
+            name, tree = next(iter(first.items()))
+            raise SpecError(f"the state to start from does not fit {name}: {given.spec.difference(tree.spec)}")
+        first.update({group: offered[group].overlay(given) for group in fits})
+        return first, {group: first[group] for group in fits}
+    return first, {}
+
+
+def first_env(site: Site, seed: int) -> Env:
+    """What a first state may depend on: the run's seed and the shapes, never whose turn it is."""
+    return Env(seed=seed, problem=site.problem, public=site.public, train=site.train, group=site.group)
+
+
+def _given(algorithm: Algorithm, sites: Mapping[str, Site], seed: int) -> Tree | None:
+    initial, model = getattr(algorithm, "initial", None), getattr(algorithm, "model", None)
+    if initial is not None:
+        return _initial(initial)
+    if model is None:
+        return None
+    if not isinstance(model, Model):
+        raise UsageError("model= must be wrapped like a client's: pf.torch(module), pf.keras(model), pf.sklearn(...)")
+    site = next(iter(sites.values()))
+    return model.first(site.train, first_env(site, seed))
+
+
+def _initial(given: Any) -> Tree:
+    """The entries of a model out of a tree, a server's state, or what has one: a result, a saved result."""
+    if isinstance(given, Tree):
+        return given
+    state = given if isinstance(given, Message) else getattr(given, "state", None)
+    if not isinstance(state, Message):
+        raise UsageError(f"initial= is a {type(given).__name__}; give what pf.load(DIR) returns, a result, or a Tree")
+    # A server optimizer's moments have the names of the parameters: only these trees are a model's.
+    found = {name: array for part in ("params", "stats") for name, array in state.trees.get(part, Tree()).items()}
+    if not found:
+        raise UsageError("initial= holds no shared parameters to start from (its algorithm averaged none)")
+    return Tree(found)
+
+
+def _preprocessing_notes(
+    algorithm: Algorithm, raws: Mapping[str, Raw], prepared: Mapping[str, Prepared]
+) -> tuple[str, ...]:
+    """A sentence when parameters are averaged although inputs mean different things at different sites."""
+    if not any("params" in words for words in algorithm.needs.any_of):
+        return ()
+    kinds = {name: made.preprocess for name, made in prepared.items()}
+    columns = {name: _columns_of(raw) for name, raw in raws.items()}
+    features = {name: _features_of(made) for name, made in prepared.items()}
+    said = _differing_columns(columns)
+    if len(set(kinds.values())) > 1:
+        said.append(f"that preprocess differently ({_by_value(kinds)})")
+    elif not said:  # other columns or another preprocessing make other features: they are said already
+        said = _differing_features({name: found for name, found in features.items() if found})
+    end = "their inputs mean different things. Share an equal preprocessing, or use FedMD"
+    return tuple(f"{algorithm.name} averages parameters of clients {what}; {end}" for what in said)
+
+
+def _by_value(kinds: Mapping[str, str]) -> str:
+    names = defaultdict(list)
+    for name, kind in kinds.items():
+        names[kind].append(name)
+    return "; ".join(f"{', '.join(those)}: {kind}" for kind, those in names.items())
+
+
+def _columns_of(raw: Raw) -> tuple[str, ...]:
+    """The columns of a client's DataFrames, whatever their order; () for arrays, whose columns have no names."""
+    return tuple(sorted(f"{c}" for value in raw.inputs.values() if is_frame(value) for c in value.columns))
+
+
+def _features_of(made: Prepared) -> tuple[str, ...]:
+    """The names of what a client's fitted transformers give, in order; () where one of them does not tell."""
+    found: list[str] = []
+    for key, step in made.fitted.items():
+        try:
+            found += [f"{key}/{name}" for name in step.get_feature_names_out()]
+        except (AttributeError, ValueError, TypeError):  # no transformer, or one that does not know
+            return ()
+    return tuple(found)
+
+
+def _differing_columns(columns: Mapping[str, tuple[str, ...]]) -> list[str]:
+    known = {name: set(found) for name, found in columns.items() if found}
+    if len({frozenset(found) for found in known.values()}) < 2:
+        return []
+    first, model = next(iter(known.items()))
+    return ["with other columns (" + "; ".join(_against(known, first, model)) + ")"]
+
+
+def _differing_features(features: Mapping[str, tuple[str, ...]]) -> list[str]:
+    if len(set(features.values())) < 2:
+        return []
+    first, model = next(iter(features.items()))
+    sets = {name: set(found) for name, found in features.items()}
+    said = [*_against(sets, first, set(model))]
+    said += [f"{n}: another order than {first}" for n, f in features.items() if f != model and sets[n] == set(model)]
+    return ["whose equal preprocessing made other features of their own rows (" + "; ".join(said) + ")"]
+
+
+def _against(sets: Mapping[str, set[str]], first: str, model: set[str]) -> Iterator[str]:
+    """How each client's names differ from those of the first: "south has no 'age', and 'weight' besides"."""
+    for name, found in sets.items():
+        if found != model:
+            lacks, more = (_few(sorted(names)) for names in (model - found, found - model))
+            said = [f"has no {lacks}"] * bool(lacks) + [f"has {more} besides"] * bool(more)
+            yield f"{name}, beside {first}, {' and '.join(said)}"
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def with_everything(client: Client, raw: Raw, parts: Parts, problem: Problem) -> Client:
+    """The client as it is when it does not join: the rows that it set aside are its own again, with their labels."""
+    del problem
+    return replace(client, data=raw, target=None, groups=None, time=None, split=parts.with_public())

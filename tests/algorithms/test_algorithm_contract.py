@@ -1,0 +1,51 @@
+"""Every algorithm keeps the public contract, over models of every kind that it takes."""
+
+import pytest
+from numpy_model import VALUES, NumpyModel, sites_of
+
+from polyfed.algorithms import REGISTRY, FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMD, FedProx, FedYogi
+from polyfed.algorithms.local import Local
+from polyfed.core.checks_algorithm import check_algorithm
+
+AVERAGING = {
+    "FedAvg": FedAvg(),
+    "FedAvg uniform": FedAvg(weighting="uniform"),
+    "FedAvg shared": FedAvg(shared="base"),
+    "FedAvg shared head": FedAvg(shared=("head",)),
+    "FedProx": FedProx(mu=0.3),
+    "FedProx shared": FedProx(shared="base", mu=0.3),
+    "FedAvgM": FedAvgM(beta=0.5),
+    "FedAdagrad": FedAdagrad(lr=0.03),
+    "FedAdam": FedAdam(lr=0.03),
+    "FedYogi": FedYogi(lr=0.03),
+    "FedYogi shared": FedYogi(shared="base", lr=0.03),
+}
+DISTILLING = {
+    "Local": Local(),
+    "FedMD": FedMD(range(9)),
+    "FedMD paper": FedMD(range(9), order="paper", weighting="num_examples"),
+    "FedMD logits": FedMD(range(9), average="logits", temperature=3.0, digest=2, revisit=1),
+}
+MODELS = {
+    "plain": lambda: NumpyModel(),
+    "statistics, batches, float32": lambda: NumpyModel(statistics=True, batch_size=5, dtype="float32", lr=0.1),
+}
+DIFFERENT = {"north": NumpyModel(3), "south": NumpyModel(6, lr=0.1), "west": NumpyModel(0, dtype="float32")}
+CASES = {
+    **{
+        f"{n}, {m}": (a, lambda make=make: sites_of(make())) for n, a in AVERAGING.items() for m, make in MODELS.items()
+    },
+    **{f"{n}, different models": (a, lambda: sites_of(DIFFERENT)) for n, a in DISTILLING.items()},
+    **{f"{n}, regression": (a, lambda: sites_of(problem=VALUES)) for n, a in (AVERAGING | DISTILLING).items()},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_contract_when_checked_holds(name):
+    algorithm, make = CASES[name]
+    check_algorithm(algorithm, make)
+
+
+def test_registry_when_listed_holds_algorithms_under_their_names_and_each_is_checked_here():
+    assert set(REGISTRY.values()) <= {type(algorithm) for algorithm, _ in CASES.values()}
+    assert all(kind.__name__ == name for name, kind in REGISTRY.items())

@@ -1,0 +1,47 @@
+"""The same seed gives the same bits, however and by whomever the work is done, and the check can fail."""
+
+import kinds
+import matrix
+import pytest
+
+CELLS = list(kinds.cells())
+LIGHT = [cell for cell in CELLS if cell[1] == "torch" or cell[1:] == ("sklearn", "mini-batches")]
+KERAS = [("FedAvg", "keras", "dropout"), ("FedProx", "keras", "batch norm"), ("FedMD", "keras", "mini-batches")]
+
+
+def test_bits_when_arrival_workers_and_hash_seed_differ_are_the_same():
+    found = matrix.tables(LIGHT + KERAS, {0: ["loop", "shuffled"], 1: ["loop", "processes 3"]})
+    assert len(found) == len(LIGHT + KERAS) * 4
+    assert matrix.disagreements(found) == []
+
+
+def test_bits_when_the_algorithm_style_or_framework_differs_differ():
+    found = matrix.tables(LIGHT, ["loop"], hash_seeds=(0,))
+    doubled = {digest for digest in found.values() if list(found.values()).count(digest) > 1}
+    assert not doubled, "two federations that differ have one digest: it does not look at everything"
+
+
+@pytest.mark.parametrize("mutant", matrix.MUTANTS)
+def test_bits_when_the_fold_is_wrong_differ(mutant):
+    cell = ("FedAdam", "torch", "mini-batches")  # its moments keep what an addition to the parameters rounds away
+    assert matrix.disagreements(matrix.tables([cell], ["loop", mutant], hash_seeds=(0,))) == [cell]
+
+
+@pytest.mark.parametrize("framework", ["torch", "sklearn", pytest.param("keras", marks=pytest.mark.heavy)])
+def test_bits_when_workers_are_new_processes_are_the_same(framework):
+    cell = ("FedMD", framework, "mini-batches")
+    assert matrix.disagreements(matrix.tables([cell], ["loop", "new processes"], hash_seeds=(0,))) == []
+
+
+def test_bits_when_clients_join_over_the_network_are_the_same():
+    styles = kinds.STYLES["torch"]
+    cells = [(algorithm, "torch", styles[i % len(styles)]) for i, algorithm in enumerate(kinds.ALGORITHMS)]
+    assert matrix.disagreements(matrix.tables(cells, ["loop", "network"], hash_seeds=(0,))) == []
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("framework", kinds.STYLES)
+def test_bits_when_run_in_every_way_are_the_same(framework):
+    cells = [cell for cell in CELLS if cell[1] == framework]
+    found = matrix.tables(cells, [way for way in matrix.WAYS if way != "new processes"])
+    assert matrix.disagreements(found) == []
