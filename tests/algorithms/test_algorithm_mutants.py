@@ -84,7 +84,7 @@ def accelerated_stats(self, state, aggregate, env):
 
 
 def without_buffers(self, memory, fitted):
-    own = {name for name in fitted.state if not self.is_shared(name)}
+    own = set(fitted.state) - self.shared_names(fitted.state)
     kept = {**fitted.state.only(own), "buffers:base/count": np.int64(0)}
     return memory.put(trees={"own": Tree(kept)})
 
@@ -120,7 +120,7 @@ MUTANTS = {
     "statistics are averaged as variances": (fedavg, ("moments_of", "stats_of"), (moved_by, averaged), "i59"),
     "statistics are optimized like parameters": (FedAvg, "server_update", accelerated_stats, "i59"),
     "momentum goes on in a round of nobody": (FedAvg, "server_update", without_empty_guard, "i26"),
-    "private layers are shared": (FedAvg, "is_shared", lambda *_: True, "i40_what"),
+    "private layers are shared": (FedAvg, "shared_names", lambda _, names: set(names), "i40_what"),
     "private layers stay as they were": (FedAvg, "remember", remember_once, "i36"),
     "buffers are forgotten": (FedAvg, "remember", without_buffers, "i40_buffers"),
     "the server widens the dtype": (ServerOptimizer, "step", wide_step, "i28"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,9 +60,10 @@ class FedAvg(Algorithm):
         if self.model is not None and self.initial is not None:
             raise UsageError("model= and initial= both say where to start; give one of them")
 
-    def is_shared(self, name: str) -> bool:
-        """Whether an entry of a model's state lies in the shared part."""
-        return is_under(name, tuple(self.shared))
+    def shared_names(self, names: Collection[str]) -> set[str]:
+        """Which entries of a model's state are shared, of all its entries."""
+        prefixes = tuple(self.shared)
+        return {name for name in names if is_under(name, prefixes)}
 
     def init(self, env: Env) -> State:
         return Message(trees=_shared_start(self, env))
@@ -89,7 +90,8 @@ class FedAvg(Algorithm):
 
     def remember(self, memory: Memory, fitted: Fitted) -> Memory:
         """The next memory: buffers and everything that is not shared; nothing new where there is none."""
-        own = {name for name in fitted.state if part_of(name) == "buffers" or not self.is_shared(name)}
+        shared = self.shared_names(fitted.state)
+        own = {name for name in fitted.state if part_of(name) == "buffers" or name not in shared}
         return memory.put(trees={"own": fitted.state.only(own)}) if own else memory
 
     def expects(self, sent: Message, env: Env) -> Mapping[str, Spec]:
@@ -131,7 +133,7 @@ def _shared_start(algorithm: FedAvg, env: Env) -> dict[str, Tree]:
     """
     if not env.first:
         raise UsageError(f"{algorithm.name} has no model to start from: no client offers parameters; give model=")
-    parts = {group: first.only({n for n in first if algorithm.is_shared(n)}) for group, first in env.first.items()}
+    parts = {group: first.only(algorithm.shared_names(first)) for group, first in env.first.items()}
     chosen, *others = parts
     trees = {"params": parts[chosen].part("params"), "stats": parts[chosen].part("stats")}
     if not trees["params"]:

@@ -24,6 +24,7 @@ from polyfed.core.tree import Array, Spec, Tree
 
 if TYPE_CHECKING:
     from polyfed.core.aggregate import Aggregate
+    from polyfed.core.protocols import Site
 
 Kind = Literal["train", "evaluate", "query", "finish"]
 EvaluatedRows = Literal["train", "validation", "test"]
@@ -76,6 +77,8 @@ class Fit:
         part: prefixes of the names that train (whole path elements); () trains everything.
         epochs: passes over the rows; None is the client's own setting.
         steps: optimizer steps instead of epochs, cycling over the rows; None is the client's own setting.
+        draw: which draw of everything random (orders, dropout). Fits of one task with equal draws see the rows in equal
+            orders; an algorithm that asks for several short fits numbers them from 0.
     """
 
     start: tuple[Tree, ...] = ()
@@ -86,6 +89,7 @@ class Fit:
     part: tuple[str, ...] = ()
     epochs: int | None = None
     steps: int | None = None
+    draw: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,9 @@ class Env:
             end of a run that reads it.
         group: name of the client's architecture group; clients of one group may average all of their parameters.
         first: at the server, the state to start from for each group; at a client, empty.
+        trainers: at the server, models that it trains or asks by itself, their rows being the public ones: by group where
+            the algorithm has `trains_groups`, and "student" where it has one. At a client, empty. See `work.ask`.
+        draw: of the `Fit` that is being answered; 0 elsewhere.
         device: where tensors live.
     """
 
@@ -156,15 +163,21 @@ class Env:
     test: Rows | None = None
     group: str = ""
     first: Mapping[str, Tree] = field(default_factory=dict)
+    trainers: Mapping[str, Site] = field(default_factory=dict)
+    draw: int = 0
     device: str = "cpu"
 
     def rng(self, purpose: str) -> np.random.Generator:
         """The stream of this client's task for one purpose."""
-        return seed.rng(self.seed, self.client, self.number, purpose)
+        return seed.rng(self.seed, *self._stream(purpose))
 
     def integer(self, purpose: str) -> int:
         """A 31-bit seed for a library that takes one number."""
-        return seed.integer(self.seed, self.client, self.number, purpose)
+        return seed.integer(self.seed, *self._stream(purpose))
+
+    def _stream(self, purpose: str) -> tuple[str | int, ...]:
+        stream = (self.client, self.number, purpose)
+        return (*stream, self.draw) if self.draw else stream
 
     @property
     def num_examples(self) -> int:
@@ -178,7 +191,7 @@ class Needs:
 
     Words: "params" (a state that can be averaged), "predict", "features", "terms" (loss terms by gradient), "distill"
     (follows soft labels), "part" (trains a part of itself), "sgd" (plain SGD steps of a known rate), "public" (the
-    federation has public rows).
+    federation has public rows), "personal" (the client has agreed that its personal part leaves it).
     """
 
     any_of: tuple[frozenset[str], ...]
@@ -196,7 +209,7 @@ class Needs:
 
 
 ClientUpdate = Generator[Request, Any, tuple[Message, Memory]]
-ClientEvaluate = Generator[Request, Any, Message]
+Personalised = Generator[Request, Any, tuple[Tree, ...]]
 
 
 class Algorithm:
@@ -208,6 +221,8 @@ class Algorithm:
     """
 
     needs: Needs = Needs.all("params")
+    #: Whether `server_update` trains models of the clients' architectures: `Env.trainers` then has one for each group.
+    trains_groups: bool = False
 
     @property
     def name(self) -> str:
@@ -233,6 +248,16 @@ class Algorithm:
         """
         found = (memory.trees.get("own"), message.trees.get("params"), message.trees.get("stats"))
         return tuple(tree for tree in found if tree is not None)
+
+    def personalise(self, message: Message, memory: Memory, env: Env) -> Personalised:
+        """The client's model as it predicts, for evaluation and the result: yields requests, returns trees as `start` does.
+
+        By default `start` without any further training. A method that ends with a fine-tuning (FedBABU) does it here;
+        ``env.number`` is the version, so that a model that is evaluated and one that is exported have equal bits.
+        """
+        del env
+        yield from ()
+        return self.start(message, memory)
 
     def expects(self, sent: Message, env: Env) -> Mapping[str, Spec]:
         """Which trees an upload holds, exactly; by default those that were sent."""

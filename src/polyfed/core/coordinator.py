@@ -41,7 +41,7 @@ from polyfed.core.events import (
 from polyfed.core.events import Fold as FoldAt
 from polyfed.core.history import RoundLog
 from polyfed.core.message import Message, State
-from polyfed.core.protocols import Blobs, Journal
+from polyfed.core.protocols import Blobs, Journal, Site
 from polyfed.core.records import Phase, Taken
 from polyfed.core.round import Rules, step
 from polyfed.core.rows import Problem, Rows
@@ -57,6 +57,7 @@ class Federation:
     Attributes:
         first: for each group of clients of one architecture, the state to start from.
         groups: client -> its group.
+        trainers: what the server can train by itself: see `Env.trainers`.
         policy: what the server accepts of one client.
     """
 
@@ -67,6 +68,7 @@ class Federation:
     first: Mapping[str, Tree] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
     public: Rows | None = None
+    trainers: Mapping[str, Site] = field(default_factory=dict)
     policy: UpdatePolicy = DEFAULT_POLICY
 
     def env(self, round_num: int, population: int, client: str = "") -> Env:
@@ -81,6 +83,7 @@ class Federation:
             public=self.public,
             group=self.groups.get(client, ""),
             first=self.first,
+            trainers=self.trainers,
         )
 
 

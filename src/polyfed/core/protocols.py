@@ -52,7 +52,13 @@ class Model(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A client as it is prepared on its own machine: its model, and its rows after its own preprocessing."""
+    """A client as it is prepared on its own machine: its model, and its rows after its own preprocessing.
+
+    Attributes:
+        consents: what this client agrees to besides the usual, as words of `Needs`: "personal".
+        begins: the memory that it has before its first task, such as the model of an earlier run; empty by default.
+        trains: names of the parameters that may move; () is all of them. The others stay frozen whatever is asked.
+    """
 
     name: str
     model: Model
@@ -62,6 +68,15 @@ class Site:
     test: Rows | None = None
     public: Rows | None = None
     group: str = ""
+    consents: frozenset[str] = frozenset()
+    begins: Memory = field(default_factory=Message)
+    trains: tuple[str, ...] = ()
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """What an algorithm may ask of this client: its model's words, "public", and what it consents to."""
+        public = frozenset({"public"}) if self.public is not None else frozenset()
+        return frozenset(self.model.offers) | public | self.consents
 
     def env(self, seed: int, task: Task) -> Env:
         return Env(

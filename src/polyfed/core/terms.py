@@ -91,10 +91,12 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class Own:
-    """The client's own loss on its own targets."""
+    """The client's own loss on its own targets, times `weight`."""
+
+    weight: float = 1.0
 
     def __call__(self, ops: Ops, step: Step) -> Tensor:  # noqa: ARG002
-        return step.loss()
+        return step.loss() if self.weight == 1.0 else step.loss() * self.weight
 
 
 @dataclass(frozen=True)

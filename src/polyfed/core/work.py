@@ -15,7 +15,7 @@ from polyfed.core.errors import ClientError, PolyfedError, UsageError
 from polyfed.core.message import Memory, Message
 from polyfed.core.protocols import Job, Reply, Site
 from polyfed.core.rows import Rows
-from polyfed.core.tree import Tree
+from polyfed.core.tree import Tree, is_under
 
 Result = TypeVar("Result")
 LAST_LINES = 12
@@ -32,11 +32,25 @@ def drive(steps: Generator[Request, Any, Result], site: Site, env: Env) -> Resul
             request = steps.send(answer)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
-        rows = site.train if request.rows is None else request.rows
-        if isinstance(request, Fit):
-            answer = site.model.fit(request, rows, env)
-        else:
-            answer = site.model.predict(request, rows, env)
+        answer = ask(site, request, env)
+
+
+def ask(site: Site, request: Request, env: Env) -> Any:
+    """One request's answer, `Fitted` or an array, from the site's model; at the server for one of ``env.trainers``."""
+    rows = site.train if request.rows is None else request.rows
+    if not isinstance(request, Fit):
+        return site.model.predict(request, rows, env)
+    if site.trains:
+        request = replace(request, part=_thawed(site, request))
+    return site.model.fit(request, rows, replace(env, draw=request.draw) if request.draw else env)
+
+
+def _thawed(site: Site, request: Fit) -> tuple[str, ...]:
+    """What a request trains of a model a part of which is frozen."""
+    part = tuple(name for name in site.trains if not request.part or is_under(name, request.part))
+    if not part:
+        raise UsageError(f"{site.name} is asked to train {', '.join(request.part)}, all of which it keeps frozen")
+    return part
 
 
 def evaluate(
@@ -50,12 +64,17 @@ def evaluate(
     if rows is None or not len(rows) or rows.target is None:
         return Message(numbers={"num_examples": 0.0})
     numbers: dict[str, float] = {"num_examples": float(len(rows))}
-    numbers |= scores(site, algorithm.start(message, memory), rows, env)
+    numbers |= scores(site, personal(algorithm, message, memory, site, env), rows, env)
     shared = algorithm.start(message, Message())
     covered = {name for tree in shared for name in tree}
     if shared and (own := memory.trees.get("own")) is not None and covered.issuperset(own):
         numbers |= {f"shared/{name}": value for name, value in scores(site, shared, rows, env).items()}
     return Message(numbers=numbers)
+
+
+def personal(algorithm: Algorithm, message: Message, memory: Memory, site: Site, env: Env) -> tuple[Tree, ...]:
+    """Trees that, laid over the first state, make the model by which the client predicts."""
+    return drive(algorithm.personalise(message, memory, env), site, env)
 
 
 def scores(site: Site, start: tuple[Tree, ...], rows: Rows, env: Env) -> dict[str, float]:
@@ -75,6 +94,7 @@ def perform(algorithm: Algorithm, site: Site, job: Job, *, seed: int) -> Reply:
     try:
         if job.task.kind == "evaluate":
             rows = {"train": site.train, "validation": site.validation, "test": site.test}[job.task.part]
+            env = replace(env, number=job.task.version)
             message = evaluate(algorithm, job.message, job.memory, site, env, rows)
             return Reply(job.task, message, job.memory)
         message, memory = _returned(drive(algorithm.client_update(job.message, job.memory, env), site, env))

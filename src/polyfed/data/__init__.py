@@ -1,7 +1,7 @@
 """Rows: where they come from, who holds which, how they are split and prepared; without any framework imported."""
 
 from polyfed.data.partition import by_column, dirichlet, iid, pathological, per_client, quantity_skew, shards
-from polyfed.data.prepare import Prepared, described, prepare, tabular
+from polyfed.data.prepare import Prepared, described, prepare, prepare_unlabelled, tabular
 from polyfed.data.problem import encode_target, problem_of
 from polyfed.data.public import concat, from_message, schema, schema_difference, to_message
 from polyfed.data.sources import read
@@ -30,6 +30,7 @@ __all__ = [
     "pathological",
     "per_client",
     "prepare",
+    "prepare_unlabelled",
     "problem_of",
     "public_statistics",
     "quantity_skew",

@@ -103,6 +103,20 @@ def prepare(
     )
 
 
+def prepare_unlabelled(name: str, raw: Raw, *, preprocess: Any = None, seed: int = 0) -> tuple[Rows, Mapping[str, Any]]:
+    """Fits a preprocessing on unlabelled rows and applies it to them: how a server reads the public rows.
+
+    Returns:
+        the rows, and what was fitted, by input name.
+
+    Raises:
+        DataError: as `prepare`.
+    """
+    rows = raw.unlabelled()
+    fitted = _fit(name, rows, None, preprocess, seed)
+    return Rows(_inputs(name, rows, fitted)), fitted
+
+
 def tabular(
     *,
     numbers: Literal["median", "mean", "most_frequent"] = "median",
@@ -212,7 +226,7 @@ def _sklearn() -> None:
         raise MissingExtraError("scikit-learn", "sklearn") from None
 
 
-def _fit(name: str, train: Raw, target: Array, preprocess: Any, seed: int) -> dict[str, Any]:
+def _fit(name: str, train: Raw, target: Array | None, preprocess: Any, seed: int) -> dict[str, Any]:
     """A fitted transformer, function or None for each input; "*" -> one function of all inputs."""
     if isinstance(preprocess, Mapping):
         if unknown := [key for key in preprocess if key not in train.inputs]:
@@ -230,7 +244,7 @@ def _fit(name: str, train: Raw, target: Array, preprocess: Any, seed: int) -> di
     return {key: _fit_one(name, key, train.inputs[key], target, step, seed) for key, step in steps.items()}
 
 
-def _fit_one(name: str, key: str, rows: Any, target: Array, step: Any, seed: int) -> Any:
+def _fit_one(name: str, key: str, rows: Any, target: Array | None, step: Any, seed: int) -> Any:
     if step is None or not _is_transformer(step):
         if step is not None and not callable(step):
             raise DataError(

@@ -13,14 +13,16 @@ from typing import Any, Literal
 from polyfed import data as tables
 from polyfed.core.algorithm import Algorithm, Env
 from polyfed.core.errors import DataError, MissingExtraError, NeedsError, PolyfedError, SpecError, UsageError
-from polyfed.core.message import Message
+from polyfed.core.message import Memory, Message
 from polyfed.core.protocols import Model, Site
 from polyfed.core.rows import Problem
-from polyfed.core.tree import Array, Tree
+from polyfed.core.tree import Array, Tree, is_under
 from polyfed.data import Parts, Prepared, Raw, Split
 from polyfed.data.table import is_frame
 
 TaskKind = Literal["classification", "regression"]
+#: What a client may agree to besides the usual.
+CONSENTS = ("personal",)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -41,6 +43,13 @@ class Client:
         preprocess: an unfitted scikit-learn transformer, or a function of the inputs; fit on this client's training rows.
         split: `pf.Split` (fractions) or `pf.Parts` (row numbers).
         groups, time: column or array: whose row it is, when it was; the split never parts a person or mixes time.
+        consents: what this client agrees to besides the usual: "personal" lets its personal part leave it, which
+            only ``feedback=`` asks for.
+        joins_at: the round from which it takes part, from 1: before it, nobody asks it and nothing of it is evaluated.
+        away: rounds in which it does not take part; its memory waits for it.
+        start: what its model starts from: what `pf.load` or a run returned, or a `Tree` of entries. Entries of the same
+            name and shape are taken; the rest starts as usual. What the algorithm shares comes from the server.
+        freeze: prefixes of parameters that this client never trains ("base"), whatever an algorithm asks.
     """
 
     name: str
@@ -51,8 +60,17 @@ class Client:
     split: Split | Parts = field(default_factory=Split)
     groups: Any = field(default=None, repr=False)
     time: Any = field(default=None, repr=False)
+    consents: str | tuple[str, ...] = field(default=(), kw_only=True)
+    joins_at: int = field(default=1, kw_only=True)
+    away: tuple[int, ...] = field(default=(), kw_only=True)
+    start: Any = field(default=None, kw_only=True, repr=False)
+    freeze: str | tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
+        for name in ("consents", "freeze"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        object.__setattr__(self, "away", tuple(self.away))
         if not NAME.fullmatch(str(self.name)):
             raise UsageError(f"client name {self.name!r}: use ASCII letters, digits, '_', '.', '-', at most 64")
         if not isinstance(self.model, Model):
@@ -65,6 +83,14 @@ class Client:
                 f"{self.name}: split={self.split!r} is a {type(self.split).__name__}; "
                 "give fractions, pf.Split(test=0.2), or row numbers, pf.Parts(...)"
             )
+        if unknown := [word for word in self.consents if word not in CONSENTS]:
+            raise UsageError(f"{self.name}: consents={unknown[0]!r} is unknown; there is {', '.join(CONSENTS)}")
+        if self.joins_at < 1:
+            raise UsageError(f"{self.name}: joins_at={self.joins_at!r} is no round; rounds count from 1")
+
+    def is_present(self, round_num: int) -> bool:
+        """Whether it takes part in a round."""
+        return round_num >= self.joins_at and round_num not in self.away
 
     def read(self) -> Raw:
         """The rows, whichever form they are given in; raises `DataError`, also for what a function of the user raises."""
@@ -144,7 +170,7 @@ def populate(algorithm: Algorithm, clients: Iterable[Client], *, seed: int, task
         for name, client in by_name.items()
     }
     groups = _groups(by_name)
-    sites = {name: site_of(by_name[name], prepared[name], problem, groups[name]) for name in by_name}
+    sites = {name: site_of(by_name[name], prepared[name], problem, groups[name], seed) for name in by_name}
     check_needs(algorithm, sites)
     for site in sites.values():
         _check_public(site)
@@ -247,10 +273,77 @@ def public_rows(algorithm: Algorithm, raws: Mapping[str, Raw], parts: Mapping[st
     return tables.concat(aside) if aside else None
 
 
-def site_of(client: Client, prepared: Prepared, problem: Problem, group: str) -> Site:
-    return Site(
-        client.name, client.model, problem, prepared.train, prepared.validation, prepared.test, prepared.public, group
+def site_of(client: Client, prepared: Prepared, problem: Problem, group: str, seed: int) -> Site:
+    """A prepared client.
+
+    Raises:
+        SpecError: nothing of ``start=`` fits the client's model.
+        UsageError: ``freeze=`` names nothing that is trained, or everything.
+    """
+    site = Site(
+        name=client.name,
+        model=client.model,
+        problem=problem,
+        train=prepared.train,
+        validation=prepared.validation,
+        test=prepared.test,
+        public=prepared.public,
+        group=group,
+        consents=frozenset(client.consents),
     )
+    if client.start is None and not client.freeze:
+        return site
+    with naming(client.name):
+        first = site.model.first(site.train, first_env(site, seed))
+    return replace(site, begins=_begins(client, first), trains=_trains(client, first))
+
+
+def _begins(client: Client, first: Tree) -> Memory:
+    """The memory before the first task: those entries of ``start=`` that fit the model."""
+    if client.start is None:
+        return Message()
+    given = start_of(client.start, f"{client.name}: start=", client.name)
+    fits = {name for name in given if first.spec.get(name) == given.spec[name]}
+    if not fits:
+        raise SpecError(
+            f"{client.name}: nothing of start= fits its model ({client.model.kind}): {given.spec.difference(first.spec)}"
+        )
+    return Message({"own": given.only(fits)})
+
+
+def _trains(client: Client, first: Tree) -> tuple[str, ...]:
+    """Names of the parameters that ``freeze=`` leaves free; () where it is not given."""
+    if not client.freeze:
+        return ()
+    names = tuple(first.part("params"))
+    free = tuple(name for name in names if not is_under(name, tuple(client.freeze)))
+    if not 0 < len(free) < len(names):
+        what = "no parameter" if free else "every parameter"
+        raise UsageError(f"{client.name}: freeze={client.freeze!r} names {what} of its model ({client.model.kind})")
+    if "part" not in client.model.offers:
+        raise UsageError(f"{client.name} ({client.model.kind}) cannot train a part of itself; leave freeze= out")
+    return free
+
+
+def start_of(given: Any, where: str, name: str = "") -> Tree:
+    """The entries of a model out of a tree, a server's state, or what has one: a result, saved or not.
+
+    Of a result it is the shared part, over what its client called `name` kept, if there was one.
+    """
+    if isinstance(given, Tree):
+        return given
+    memories: Mapping[str, Memory] = getattr(given, "memories", {})
+    own = memories.get(name, Message()).trees.get("own", Tree())
+    state = given if isinstance(given, Message) else getattr(given, "state", None)
+    if not isinstance(state, Message):
+        raise UsageError(f"{where} is a {type(given).__name__}; give what pf.load(DIR) returns, a result, or a Tree")
+    # A server optimizer's moments have the names of the parameters: only these trees are a model's.
+    found = dict(own.items())
+    for part in ("params", "stats"):
+        found |= dict(state.trees.get(part, Tree()).items())
+    if not found:
+        raise UsageError(f"{where} holds no shared parameters to start from (its algorithm averaged none)")
+    return Tree(found)
 
 
 def _groups(clients: Mapping[str, Client]) -> dict[str, str]:
@@ -268,11 +361,11 @@ def _groups(clients: Mapping[str, Client]) -> dict[str, str]:
 
 def check_needs(algorithm: Algorithm, sites: Mapping[str, Site]) -> None:
     """Raises `NeedsError`, one sentence a client, where an algorithm asks for what a client's model does not offer."""
-    said = []
-    for site in sites.values():
-        offers = site.model.offers | (frozenset({"public"}) if site.public is not None else frozenset())
-        if missing := algorithm.needs.missing(frozenset(offers)):
-            said.append(f"{site.name} ({site.model.kind}) {_lacks(missing, algorithm)}")
+    said = [
+        f"{site.name} ({site.model.kind}) {_lacks(missing, algorithm)}"
+        for site in sites.values()
+        if (missing := algorithm.needs.missing(site.offers))
+    ]
     if said:
         raise NeedsError("\n".join(said))
 
@@ -285,6 +378,7 @@ _WORDS = {
     "distill": "cannot learn from soft labels",
     "part": "cannot train a part of itself",
     "sgd": "does not train by plain SGD",
+    "personal": 'has not agreed that its personal part leaves it (pf.Client(..., consents="personal"))',
     "public": "has no public rows: give public=rows, or let clients set some aside with split=pf.Split(public=0.1)",
 }
 
@@ -318,6 +412,40 @@ def _first(algorithm: Algorithm, sites: Mapping[str, Site], seed: int) -> tuple[
     return first, {}
 
 
+def trainers_of(algorithm: Algorithm, population: Population, *, seed: int) -> dict[str, Site]:
+    """What a server trains by itself over the public rows, which it reads through the algorithm's own ``preprocess=``.
+
+    "student" where the algorithm has one; and where it has `trains_groups`, each group's architecture.
+
+    Raises:
+        UsageError: there are no public rows to train on, or a student that is no model.
+    """
+    student = getattr(algorithm, "student", None)
+    models = {"student": student} if student is not None else {}
+    if algorithm.trains_groups:
+        for site in population.sites.values():
+            models.setdefault(site.group, site.model)
+    if not models:
+        return {}
+    if population.public is None:
+        raise UsageError(f"{algorithm.name} trains at the server, on public rows: give public=rows")
+    return public_sites(models, algorithm, population.public, population.problem, seed=seed)
+
+
+def public_sites(
+    models: Mapping[str, Any], algorithm: Algorithm, public: Raw, problem: Problem, *, seed: int
+) -> dict[str, Site]:
+    """Each of the server's own models as a site whose rows are the public ones."""
+    if wrong := [name for name, model in models.items() if not isinstance(model, Model)]:
+        raise UsageError(
+            f"{algorithm.name}: {wrong[0]}= must be wrapped like a client's model: pf.torch(module), pf.keras(model), "
+            "pf.sklearn(...)"
+        )
+    preprocess = getattr(algorithm, "preprocess", None)
+    rows, _ = tables.prepare_unlabelled(f"the server of {algorithm.name}", public, preprocess=preprocess, seed=seed)
+    return {name: Site(name, model, problem, rows, public=rows, group=name) for name, model in models.items()}
+
+
 def first_env(site: Site, seed: int) -> Env:
     """What a first state may depend on: the run's seed and the shapes, never whose turn it is."""
     return Env(seed=seed, problem=site.problem, public=site.public, train=site.train, group=site.group)
@@ -326,27 +454,13 @@ def first_env(site: Site, seed: int) -> Env:
 def _given(algorithm: Algorithm, sites: Mapping[str, Site], seed: int) -> Tree | None:
     initial, model = getattr(algorithm, "initial", None), getattr(algorithm, "model", None)
     if initial is not None:
-        return _initial(initial)
+        return start_of(initial, "initial=")
     if model is None:
         return None
     if not isinstance(model, Model):
         raise UsageError("model= must be wrapped like a client's: pf.torch(module), pf.keras(model), pf.sklearn(...)")
     site = next(iter(sites.values()))
     return model.first(site.train, first_env(site, seed))
-
-
-def _initial(given: Any) -> Tree:
-    """The entries of a model out of a tree, a server's state, or what has one: a result, a saved result."""
-    if isinstance(given, Tree):
-        return given
-    state = given if isinstance(given, Message) else getattr(given, "state", None)
-    if not isinstance(state, Message):
-        raise UsageError(f"initial= is a {type(given).__name__}; give what pf.load(DIR) returns, a result, or a Tree")
-    # A server optimizer's moments have the names of the parameters: only these trees are a model's.
-    found = {name: array for part in ("params", "stats") for name, array in state.trees.get(part, Tree()).items()}
-    if not found:
-        raise UsageError("initial= holds no shared parameters to start from (its algorithm averaged none)")
-    return Tree(found)
 
 
 def _preprocessing_notes(

@@ -10,7 +10,20 @@ from polyfed.core import wire
 from polyfed.core.algorithm import Task
 from polyfed.core.coordinator import Coordinator
 from polyfed.core.errors import ClientError, UsageError
-from polyfed.core.events import Action, Compute, Failed, Finish, Interrupted, Receipt, Restarted, Send, Ticked
+from polyfed.core.events import (
+    Action,
+    Compute,
+    Failed,
+    Finish,
+    Interrupted,
+    Joined,
+    Judged,
+    Left,
+    Receipt,
+    Restarted,
+    Send,
+    Ticked,
+)
 from polyfed.core.memory import ClientMemory
 from polyfed.core.message import Memory, Message
 from polyfed.core.protocols import Executor, Job, Reply
@@ -23,6 +36,12 @@ def framed_size(message: Message) -> int:
         return wire.size(message)
     except UsageError:
         return 0
+
+
+def _always(client: str, round_num: int) -> bool:
+    """Everybody takes part in every round."""
+    del client, round_num
+    return True
 
 
 class MemoryFiles(Protocol):
@@ -51,8 +70,11 @@ class Driver:
         clock: Callable[[], float] = time.monotonic,
         watch: Callable[[Reply], None] | None = None,
         sent: Callable[[Sequence[Task]], None] | None = None,
+        begins: Mapping[str, Memory] | None = None,
+        presence: Callable[[str, int], bool] = _always,
     ) -> None:
         self.coordinator, self.executor, self.files = coordinator, executor, files
+        self.begins, self.presence = begins or {}, presence
         self.memories: dict[str, ClientMemory] = {}
         self.errors: dict[str, ClientError] = {}
         self.finish: Finish | None = None
@@ -70,8 +92,8 @@ class Driver:
     # ------------------------------------------------------------------------------------------ actions
 
     def begin(self, clients: Sequence[str]) -> None:
-        self.memories = {name: ClientMemory() for name in clients}
-        self.carry_out(self.coordinator.begin(clients, at=self.now))
+        self.memories = {name: ClientMemory(self.begins.get(name)) for name in clients}
+        self.carry_out(self.coordinator.begin([name for name in clients if self.presence(name, 1)], at=self.now))
 
     def come_back(self, clients: Sequence[str]) -> None:
         """Goes on from a coordinator that was resumed from its journal; a start that was cut off is made again."""
@@ -79,15 +101,17 @@ class Driver:
             return self.begin(clients)
         for name in clients:
             receipt = self.coordinator.receipts.get(name, "")
-            self.memories[name] = ClientMemory(self._memory_of(receipt), receipt)
+            self.memories[name] = ClientMemory(self._memory_of(name, receipt), receipt)
         past = (self.coordinator.state.opened, *(log.seconds for log in self.coordinator.history))
         self._started -= max(past)  # the run's time goes on where it stood: deadlines and budgets are in it
         if self.coordinator.state.ending or self.coordinator.state.phase is Phase.DONE:
             self.roll_back()
         return self.carry_out(self.coordinator.handle(Restarted(self.now)))
 
-    def _memory_of(self, receipt: str) -> Memory:
-        return self.files.get(receipt) if self.files is not None and receipt else Message()
+    def _memory_of(self, name: str, receipt: str) -> Memory:
+        if self.files is not None and receipt:
+            return self.files.get(receipt)
+        return self.begins.get(name, Message())
 
     def carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -120,7 +144,7 @@ class Driver:
         self.coordinator.count_down(task, framed_size(message))
         memory, receipt = self.memories[task.client], self.coordinator.receipts.get(task.client, "")
         if memory.receipt != receipt:  # the round in which it was accepted has been abandoned since
-            self._roll_back(memory, receipt)
+            self._roll_back(task.client, memory, receipt)
         return Job(task, message, memory.current)
 
     def collect(self, reply: Reply) -> None:
@@ -171,8 +195,19 @@ class Driver:
         if self._compute is None:
             return False
         action, self._compute = self._compute, None
-        self.carry_out(self.coordinator.handle(self.coordinator.compute(action, at=self.now)))
+        event = self.coordinator.compute(action, at=self.now)
+        if isinstance(event, Judged) and not event.reason:
+            self._come_and_go(self.coordinator.state.version + 1)
+        self.carry_out(self.coordinator.handle(event))
         return True
+
+    def _come_and_go(self, round_num: int) -> None:
+        """Enrols who takes part from the next round on, and lets go of who does not; before the round is planned."""
+        there = set(self.coordinator.state.population)
+        for name in self.memories:
+            if (present := self.presence(name, round_num)) != (name in there):
+                change = Joined(self.now, name) if present else Left(self.now, name)
+                self.carry_out(self.coordinator.handle(change))
 
     def run_round(self) -> None:
         """Trains, aggregates, updates, evaluates and judges, until one more round is logged or the run has ended."""
@@ -199,13 +234,13 @@ class Driver:
         newest = self.coordinator.receipts if version else {}
         receipts: Mapping[str, str] = self.coordinator.receipts_at.get(version, newest)
         for name, memory in self.memories.items():
-            self._roll_back(memory, receipts.get(name, ""))
+            self._roll_back(name, memory, receipts.get(name, ""))
 
-    def _roll_back(self, memory: ClientMemory, receipt: str) -> None:
+    def _roll_back(self, name: str, memory: ClientMemory, receipt: str) -> None:
         try:
             memory.roll_back(receipt)
         except KeyError:  # after a resume the newest alone is at hand; the others are in their files
-            memory.propose(receipt, self._memory_of(receipt))
+            memory.propose(receipt, self._memory_of(name, receipt))
             memory.accept(receipt)
 
     def _forget(self) -> None:

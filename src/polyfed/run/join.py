@@ -180,7 +180,7 @@ def prepared_site(client: Client, raw: tables.Raw, manifest: Manifest, algorithm
     prepared = tables.prepare(
         client.name, raw, parts, manifest.problem, preprocess=client.preprocess, public=public, seed=manifest.seed
     )
-    site = site_of(client, prepared, manifest.problem, "")
+    site = site_of(client, prepared, manifest.problem, "", manifest.seed)
     check_needs(algorithm, {client.name: site})
     return site
 
@@ -196,7 +196,7 @@ class _Worker:
     ) -> None:
         self.link, self.manifest, self.algorithm, self.first = link, manifest, algorithm, first
         self.site, self.notebook = site, notebook
-        self.memory = notebook.memory()
+        self.memory = notebook.memory(site.begins)
         self.verdicts: dict[str, str] = {}
 
     def run(self) -> Joined:
@@ -365,9 +365,9 @@ class Notebook:
         if name != self.name:
             raise StorageError(f"{self._folder} is the memory of {name!r}, not of {self.name!r}; use another folder")
 
-    def memory(self) -> ClientMemory:
-        """The memory as the notebook has it."""
-        memory = ClientMemory()
+    def memory(self, begins: Memory) -> ClientMemory:
+        """The memory as the notebook has it; `begins` before the first task."""
+        memory = ClientMemory(begins)
         if self._files is not None:
             for receipt in [r for r in (*self._kept, self._current) if r]:
                 memory.propose(receipt, self._files.get(receipt))

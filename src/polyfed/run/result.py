@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polyfed.core import metrics as scores
-from polyfed.core.algorithm import Algorithm, Env
+from polyfed.core.algorithm import Algorithm, Env, Task
 from polyfed.core.coordinator import Federation
 from polyfed.core.errors import ClientError, UsageError
 from polyfed.core.history import RoundLog
@@ -19,6 +19,7 @@ from polyfed.core.message import Memory, Message, State
 from polyfed.core.protocols import Site
 from polyfed.core.rows import Problem
 from polyfed.core.tree import Tree
+from polyfed.core.work import personal
 from polyfed.run.client import Population, first_env
 from polyfed.run.driver import Driver
 
@@ -120,10 +121,11 @@ class Result:
         return self.federation.rules.seed
 
     def starts(self, name: str) -> tuple[Tree, ...]:
-        """The trees that, laid over a client's first state, make its model."""
-        site = self.site(name)
+        """The trees that, laid over a client's first state, make its model, personalised as for its last evaluation."""
+        site, version = self.site(name), self.version
         message = self.algorithm.broadcast(self.state, name, self._server_env(site))
-        return self.algorithm.start(message, self.memories.get(name, Message()))
+        env = site.env(self.seed, Task("evaluate", name, version, version, number=version))
+        return personal(self.algorithm, message, self.memories.get(name, Message()), site, env)
 
     def site(self, name: str) -> Site:
         """A client as it was prepared; raises `UsageError` for a name that is not there."""

@@ -29,7 +29,7 @@ from polyfed.core.select import All, Select, Uniform
 from polyfed.core.stop import Rounds, Stop
 from polyfed.executors.loop import Loop
 from polyfed.executors.processes import Processes
-from polyfed.run.client import Client, Population, TaskKind, listed, populate, with_everything
+from polyfed.run.client import Client, Population, TaskKind, listed, populate, trainers_of, with_everything
 from polyfed.run.driver import Driver
 from polyfed.run.result import Result
 from polyfed.storage.memories import FileMemories
@@ -197,6 +197,7 @@ def open_rounds(
         first=population.first,
         groups=population.groups,
         public=next(iter(population.sites.values())).public,
+        trainers=trainers_of(algorithm, population, seed=seed),
         policy=policy,
     )
     works = _executor(executor, workers)
@@ -208,6 +209,8 @@ def open_rounds(
         files=files,
         watch=None if onlooker is None else onlooker.reply,
         sent=None if onlooker is None else onlooker.sent,
+        begins={name: site.begins for name, site in population.sites.items()},
+        presence=lambda name, round_num: population.clients[name].is_present(round_num),
     )
     try:
         works.open(algorithm, population.sites, seed=seed)
