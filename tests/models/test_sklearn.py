@@ -5,13 +5,11 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.datasets import load_diabetes, load_digits
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import (
     BaggingClassifier,
@@ -31,12 +29,26 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
+from sklearn_sites import (
+    TEN,
+    TWO,
+    VALUE,
+    accuracy,
+    averaged,
+    cut,
+    diabetes,
+    digits,
+    env_of,
+    pooled_gap,
+    rows_of,
+    trained,
+)
 
-from polyfed.core.algorithm import Env, Fit, Predict
+from polyfed.core.algorithm import Fit, Predict
 from polyfed.core.checks_model import MODEL_CHECKS, Case
 from polyfed.core.errors import CorruptError, DataError, UsageError
 from polyfed.core.protocols import Model
-from polyfed.core.rows import Problem, Rows
+from polyfed.core.rows import Problem
 from polyfed.core.terms import Distill, Match, Near, Own
 from polyfed.core.tree import Tree
 from polyfed.models import sklearn_statistics
@@ -44,40 +56,6 @@ from polyfed.models.sklearn import SklearnModel, sklearn
 from polyfed.models.sklearn_estimator import FLOOR, answers
 from polyfed.models.sklearn_file import from_file, to_file
 from polyfed.models.sklearn_rows import Soft, softened
-
-TEN = Problem(tuple(str(k) for k in range(10)), 10)
-TWO = Problem(("sick", "healthy"), 2)  # not in alphabetical order
-VALUE = Problem(None, 1)
-
-
-@cache
-def digits():
-    x, y = load_digits(return_X_y=True)
-    order = np.random.Generator(np.random.Philox(1)).permutation(len(x))
-    return (x[order] / 16).astype(np.float32), y[order].astype(np.int64)
-
-
-@cache
-def diabetes():
-    x, y = load_diabetes(return_X_y=True)
-    return (x * 10).astype(np.float32), (y / 100).astype(np.float32)
-
-
-def rows_of(x, y=None):
-    return Rows({"x": x}, y)
-
-
-def env_of(rows, problem=TEN, client="west", public=None, number=0):
-    return Env(seed=7, problem=problem, client=client, train=rows, public=public, number=number)
-
-
-def trained(model, rows, env):
-    return model.fit(Fit(), rows, env).state
-
-
-def accuracy(outputs, y):
-    return float((outputs.argmax(1) == y).mean())
-
 
 CLASSIFIERS = [
     RandomForestClassifier(5),
@@ -117,40 +95,6 @@ def test_adapter_when_checked_then_keeps_the_contract(estimator, check):
 
 
 # ---------------------------------------------------------------- invariant 60: one round equals the pooled fit
-def cut(n, sizes):
-    ends = np.cumsum(sizes)
-    assert ends[-1] == n
-    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-
-
-def averaged(estimator, x, y, parts, problem, rounds=2):
-    """FedAvg's own formula over states: θ + Σ pᵢ (sᵢ − θ), from the clients' first state on."""
-    model, theta = sklearn(estimator), None
-    for number in range(rounds):
-        total, sites = sum(p.stop - p.start for p in parts), []
-        for at, part in enumerate(parts):
-            rows = rows_of(x[part], y[part])
-            env = env_of(rows, problem, client=f"site {at}", number=number)
-            theta = model.first(rows, env) if theta is None else theta
-            state = model.fit(Fit(start=(theta,)), rows, env).state
-            sites.append((state - theta) * ((part.stop - part.start) / total))
-        theta = sum(sites[1:], sites[0]) + theta
-    return model, theta
-
-
-def pooled_gap(estimator, x, y, parts, problem):
-    model, theta = averaged(estimator, x, y, parts, problem)
-    env = env_of(rows_of(x[parts[0]], y[parts[0]]), problem)
-    federated = model.export(theta, env.train, env)
-    pooled = type(estimator)(**estimator.get_params()).fit(x.astype(np.float64), y)
-    if not problem.is_classification:
-        return np.abs(federated.predict(x) - pooled.predict(x.astype(np.float64))).max()
-    full = np.full((len(x), problem.outputs), -np.inf)
-    full[:, federated.classes_] = federated.predict_joint_log_proba(x.astype(np.float64))
-    expected = pooled.predict_joint_log_proba(x.astype(np.float64))
-    return (np.abs(full[:, pooled.classes_] - expected) / np.maximum(1, np.abs(expected))).max()
-
-
 BAYES = [
     GaussianNB(),
     GaussianNB(var_smoothing=1e-2, priors=[0.1] * 10),

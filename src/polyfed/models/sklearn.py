@@ -5,7 +5,8 @@ estimator                              state                                    
 =====================================  ==========================================================  ==================
 GaussianNB, MultinomialNB,             sufficient statistics, mean over rows                       equals the fit on
 BernoulliNB, ComplementNB,                                                                         all rows together
-LinearRegression, Ridge
+LinearRegression, Ridge,
+LinearDiscriminantAnalysis
 LogisticRegression                     coefficients; a whole fit from where they stand             a mean of fits
 SGDClassifier, SGDRegressor,           coefficients or layers; `epochs` passes of ``partial_fit``  local SGD
 Perceptron, MLPClassifier,
@@ -16,8 +17,9 @@ neighbours, SVC, pipelines, ensembles  public rows
 
 Only the estimators themselves count, not their subclasses, which may compute something else: a subclass takes part
 through its predictions, as do those above with ``early_stopping``, ``average``, ``positive``, ``solver="lbfgs"`` (of
-the networks) or ``class_weight="balanced"`` (of the SGD family), which their own way of continuing does not know. So
-does a pipeline: coefficients behind a scaler that each client fits for itself are not about the same features. To share
+the networks) or ``class_weight="balanced"`` (of the SGD family), which their own way of continuing does not know; and
+LinearDiscriminantAnalysis where pooled scatter does not tell its fit (``shrinkage="auto"``, given priors with other
+solvers than "svd"). So does a pipeline: coefficients behind a scaler that each client fits for itself are not about the same features. To share
 parameters, give the bare estimator and put preprocessing into the client's data.
 """
 
@@ -40,6 +42,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("scikit-learn", "sklearn") from error
 
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LinearRegression, LogisticRegression, Perceptron, Ridge, SGDClassifier, SGDRegressor
 from sklearn.naive_bayes import BernoulliNB, ComplementNB, GaussianNB, MultinomialNB
@@ -49,6 +52,7 @@ from sklearn.utils.validation import check_is_fitted
 from polyfed.core.algorithm import Env, Fit, Fitted, Predict
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.tree import Array, Tree
+from polyfed.models.sklearn_discriminant import LINEAR_DISCRIMINANT, is_exact
 from polyfed.models.sklearn_estimator import Estimator, Family, Settings, alone, answers, parameters
 from polyfed.models.sklearn_parameters import Descent, Layers, Logistic
 from polyfed.models.sklearn_recipe import Recipe
@@ -229,6 +233,8 @@ def family_of(estimator: Estimator) -> Family:
         return COUNTED_BAYES
     if kind in (LinearRegression, Ridge) and not given["positive"]:
         return LEAST_SQUARES
+    if kind is LinearDiscriminantAnalysis and is_exact(estimator):
+        return LINEAR_DISCRIMINANT
     if kind is LogisticRegression:
         return Logistic()
     stops, balances = given.get("early_stopping"), given.get("class_weight") == "balanced"
