@@ -162,6 +162,14 @@ def test_hospitals_get_public_rows_that_pass_through_their_pipelines():
         assert np.isfinite(rows.x).all()
 
 
+def test_images_keep_their_shape():
+    rng = np.random.default_rng(0)
+    raw = Raw({"x": rng.integers(0, 256, (60, 1, 12, 10)).astype(np.uint8)}, rng.integers(0, 2, 60))
+    made = generate_public(merge_statistics([public_statistics(raw, TWO)] * 2), 7)
+    assert made.x.shape == (7, 1, 12, 10)
+    assert made.x.mean() == pytest.approx(127, abs=15)
+
+
 def test_arrays_and_regressions_work_too():
     rng = np.random.default_rng(0)
     raw = Raw({"x": rng.normal(5, 1, (300, 4)).astype(np.float32)}, rng.normal(size=300))
@@ -176,7 +184,7 @@ def test_arrays_and_regressions_work_too():
     [
         (lambda: public_statistics(site(), TWO, min_count=1), "use at least 2"),
         (lambda: public_statistics(site().unlabelled(), TWO), "labelled rows"),
-        (lambda: public_statistics(Raw({"x": np.zeros((9, 2, 2))}, np.zeros(9, int)), TWO), r"\(n, columns\)"),
+        (lambda: public_statistics(Raw({"x": np.zeros(9)}, np.zeros(9, int)), TWO), r"\(n, columns\)"),
         (
             lambda: public_statistics(
                 Raw({"x": pd.DataFrame({"d": pd.date_range("2020", periods=2)})}, np.array([0, 1])), TWO
@@ -211,6 +219,11 @@ SENT = public_statistics(site(60), TWO)
         SENT.put(text={"columns": ("a",)}),
         SENT.put(text={"kinds": ("number",)}),
         SENT.put(text={"form": ()}),
+        SENT.put(text={"form": ("array", "x")}),
+        SENT.put(text={"form": ("array", "x", "5", "2")}),
+        SENT.put(text={"form": ("array", "x", "-5", "-1")}),
+        SENT.put(text={"form": ("array", "x", "1" * 5000)}),
+        SENT.put(text={"form": ("frame", "x", "5")}),
         SENT.put(text={"3": ("f", "m", "x")}),
         SENT.put(trees={"total": Tree({"rows": np.ones(3)})}),
         SENT.put(trees={"total": Tree({"rows": np.float64(1)})}),

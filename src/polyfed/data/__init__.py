@@ -1,5 +1,6 @@
 """Rows: where they come from, who holds which, how they are split and prepared; without any framework imported."""
 
+from polyfed.data.noise import mixup_public, noise_public
 from polyfed.data.partition import by_column, dirichlet, iid, pathological, per_client, quantity_skew, shards
 from polyfed.data.prepare import Prepared, described, prepare, prepare_unlabelled, tabular
 from polyfed.data.problem import encode_target, problem_of
@@ -27,6 +28,8 @@ __all__ = [
     "generate_public",
     "iid",
     "merge_statistics",
+    "mixup_public",
+    "noise_public",
     "pathological",
     "per_client",
     "prepare",

@@ -2,7 +2,7 @@
 
 Each site sends, per class, counts, sums and sums of squares of its numeric columns, counts of its categories, and the
 inner products of its standardised columns (`public_statistics`); they are added (`merge_statistics`); rows are drawn
-from the sums (`generate_public`): a class, then numbers from a normal distribution with that class's means, deviations and
+from the sums (`generate_public`; `polyfed.data.noise` has the baselines to set it against): a class, then numbers from a normal distribution with that class's means, deviations and
 correlations, cut at 2.5 deviations, then categories and gaps independently. No row leaves a site.
 
 What keeps a single row out of the sums (rules of statistical disclosure control):
@@ -15,6 +15,7 @@ This is suppression, not differential privacy: it bounds what can be read from o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ MOST_PRODUCTS = 100  # columns: more of them are drawn independently
 
 
 def public_statistics(raw: Raw, problem: Problem, *, min_count: int = 5) -> Message:
-    """One site's sums, per class; of labelled rows with one DataFrame, or one (n, columns) array of numbers.
+    """One site's sums, per class; of labelled rows with one DataFrame, or one (n, ...) array of numbers.
 
     Args:
         raw: the site's training rows.
@@ -46,7 +47,8 @@ def public_statistics(raw: Raw, problem: Problem, *, min_count: int = 5) -> Mess
         float64 trees; entries are called by the column's number, c is the number of classes: "total" {"rows": (c,)},
         "present" (c,) rows with a value, "sums" (2, c) sum and sum of squares, "flags" (2,) whether it has fractions and
         whether it has negative values, "categories" (c, words), "suppressed" (c,) 1 where a cell was held back, "products"
-        {"sum", "count": (c, columns, columns)}. Text: columns, kinds, words of each column.
+        {"sum", "count": (c, columns, columns)}. Text: columns, kinds, words of each column. Each number of an array's row, such
+        as a pixel, is a column.
 
     Raises:
         DataError: several inputs, dates, or a column that mixes kinds.
@@ -126,17 +128,24 @@ def generate_public(merged: Message, rows: int, *, seed: int = 0) -> Raw:
     rng = streams.rng(seed, "public", "synthetic")
     of_class = rng.choice(len(total), size=rows, p=total / total.sum())
     numbers = _numbers(merged, of_class, rng)
-    columns: dict[str, Array] = {}
-    for i, (name, kind) in enumerate(zip(merged.text["columns"], merged.text["kinds"], strict=True)):
+    columns: list[Array] = []
+    for i, kind in enumerate(merged.text["kinds"]):
         values = numbers.get(str(i)) if kind == "number" else _words(merged, str(i), kind, of_class, rng)
-        columns[name] = _with_gaps(values, merged, str(i), of_class, rng)
-    form, input_name = merged.text["form"]
+        columns.append(_with_gaps(values, merged, str(i), of_class, rng))
+    return as_sites_have_it(merged, columns)
+
+
+def as_sites_have_it(merged: Message, columns: Sequence[Array]) -> Raw:
+    """(rows,) columns in the form of the sites' own rows: a DataFrame, or an array of their shape, float32."""
+    form, input_name, *shape = merged.text["form"]
     if form == "array":
-        return Raw({input_name: np.stack(list(columns.values()), axis=1).astype(np.float32)})
-    return Raw({input_name: _frame(columns)})
+        table = np.stack(columns, axis=1).astype(np.float32)
+        return Raw({input_name: table.reshape(len(table), *map(int, shape))})
+    return Raw({input_name: _frame(dict(zip(merged.text["columns"], columns, strict=True)))})
 
 
-def _columns(raw: Raw) -> tuple[tuple[str, ...], list[Array], tuple[str, str]]:
+def _columns(raw: Raw) -> tuple[tuple[str, ...], list[Array], tuple[str, ...]]:
+    """Names, (n,) columns, and the form: "frame" or "array", the input's name, and the shape of an array's row."""
     rows, name = raw.x, next(iter(raw.inputs))
     if is_frame(rows):
         return (
@@ -144,11 +153,12 @@ def _columns(raw: Raw) -> tuple[tuple[str, ...], list[Array], tuple[str, str]]:
             [values_of(rows.iloc[:, i]) for i in range(rows.shape[1])],
             ("frame", name),
         )
-    if rows.ndim != 2 or rows.dtype.kind not in "iuf":
+    if rows.ndim < 2 or rows.dtype.kind not in "iuf":
         raise DataError(
             f"statistics need a DataFrame or an (n, columns) array of numbers, got {rows.dtype}{list(rows.shape)}"
         )
-    return tuple(map(str, range(rows.shape[1]))), list(rows.T), ("array", name)
+    flat = rows.reshape(len(rows), -1)
+    return tuple(map(str, range(flat.shape[1]))), list(flat.T), ("array", name, *map(str, rows.shape[1:]))
 
 
 def _membership(raw: Raw, problem: Problem) -> Array:
@@ -241,10 +251,18 @@ def _check(message: Message) -> None:
                 raise MalformedError(
                     f"public statistics: tree {name!r} has other entries, shapes or values than it must have"
                 )
-        if len(text["kinds"]) != width or len(text["form"]) != 2 or not set(trees["sums"]) <= set(trees["present"]):
+        fits = len(text["kinds"]) == width and set(trees["sums"]) <= set(trees["present"])
+        if not fits or not _is_form(text["form"], width):
             raise MalformedError("public statistics: columns, kinds and trees do not fit together")
     except (KeyError, TypeError) as error:
         raise MalformedError(f"public statistics: {error} is missing") from None
+
+
+def _is_form(form: tuple[str, ...], width: int) -> bool:
+    kind, shape = form[:1], form[2:]
+    if kind == ("array",) and shape and all(size.isascii() and size.isdigit() and len(size) < 10 for size in shape):
+        return math.prod(map(int, shape)) == width
+    return kind == ("frame",) and len(form) == 2
 
 
 def _one_kind(column: str, kinds: set[str]) -> str:
@@ -289,22 +307,25 @@ def _numbers(merged: Message, of_class: Array, rng: np.random.Generator) -> dict
     z = np.empty((len(of_class), len(entries)))
     for k in np.unique(of_class):
         mine = of_class == k
-        z[mine] = rng.standard_normal((int(mine.sum()), len(entries))) @ _root(_correlation(merged, entries, k)).T
+        drawn = rng.standard_normal((int(mine.sum()), len(entries)))
+        z[mine] = drawn @ _root(_correlation(merged, entries, k)).T if len(merged.trees["products"]) else drawn
     out: dict[str, Array] = {}
     for j, entry in enumerate(entries):
         if (law := _law(merged, entry)) is None:
             continue
-        values = law.mean[of_class] + law.sd[of_class] * np.clip(z[:, j], -CUT, CUT)
-        fractions, negatives = merged.trees["flags"][entry]
-        values = values if negatives else np.maximum(values, 0.0)
-        out[entry] = values if fractions else np.round(values)
+        out[entry] = as_flagged(merged, entry, law.mean[of_class] + law.sd[of_class] * np.clip(z[:, j], -CUT, CUT))
     return out
+
+
+def as_flagged(merged: Message, entry: str, values: Array) -> Array:
+    """Not below 0, and whole, where the sites' own values of this column are."""
+    fractions, negatives = merged.trees["flags"][entry]
+    values = values if negatives else np.maximum(values, 0.0)
+    return values if fractions else np.asarray(np.round(values))
 
 
 def _correlation(merged: Message, entries: list[str], k: int) -> Array:
     products = merged.trees["products"]
-    if not len(products):
-        return np.eye(len(entries))
     at = np.ix_([int(i) for i in entries], [int(i) for i in entries])
     total, count = products["sum"][k][at], products["count"][k][at]
     found = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
@@ -326,8 +347,13 @@ def _words(merged: Message, entry: str, kind: str, of_class: Array, rng: np.rand
     table = np.where(table.sum(axis=1, keepdims=True) > 0, table, table.sum(axis=0, keepdims=True))
     below = np.cumsum(table / table.sum(axis=1, keepdims=True), axis=1)[of_class]
     drawn = (rng.random(len(of_class))[:, None] > below[:, :-1]).sum(axis=1)
+    return np.asarray(words_of(merged, entry, kind)[drawn])
+
+
+def words_of(merged: Message, entry: str, kind: str) -> Array:
+    """(words,) objects: a column's text, or True and False."""
     words = [word == "True" for word in merged.text[entry]] if kind == "true/false" else list(merged.text[entry])
-    return np.asarray(np.array(words, object)[drawn])
+    return np.array(words, object)
 
 
 def _with_gaps(values: Array | None, merged: Message, entry: str, of_class: Array, rng: np.random.Generator) -> Array:
