@@ -26,7 +26,7 @@ from sklearn.naive_bayes import BernoulliNB, ComplementNB, GaussianNB, Multinomi
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, StandardScaler
 from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 from sklearn_sites import (
@@ -580,8 +580,10 @@ def test_estimator_when_of_another_kind_than_the_problem_then_is_refused():
         sklearn(Ridge()).first(rows, env_of(rows))
     with pytest.raises(UsageError, match="GaussianNB predicts classes, the problem asks for values"):
         sklearn(GaussianNB()).first(rows, env_of(rows, VALUE))
-    with pytest.raises(UsageError, match="neither a classifier nor a regressor"):
-        sklearn(StandardScaler())
+    with pytest.raises(
+        UsageError, match=r"neither a classifier nor a regressor.* StandardScaler, SimpleImputer, PCA can"
+    ):
+        sklearn(MinMaxScaler())
     with pytest.raises(UsageError, match=r"takes a scikit-learn estimator such as RandomForestClassifier\(\)"):
         sklearn(RandomForestClassifier)
     with pytest.raises(UsageError, match="count from 1, got 0"):

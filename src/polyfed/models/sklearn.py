@@ -1,26 +1,27 @@
 """Participants whose model is a scikit-learn estimator.
 
-=====================================  ==========================================================  ==================
-estimator                              state                                                       one federated round
-=====================================  ==========================================================  ==================
-GaussianNB, MultinomialNB,             sufficient statistics, mean over rows                       equals the fit on
-BernoulliNB, ComplementNB,                                                                         all rows together
+=====================================  ============================================================  ==================
+estimator                              state                                                         one federated round
+=====================================  ============================================================  ==================
+GaussianNB, MultinomialNB,             sufficient statistics, mean over rows                         equals the fit on
+BernoulliNB, ComplementNB,                                                                           all rows together
 LinearRegression, Ridge,
 LinearDiscriminantAnalysis
-LogisticRegression                     coefficients; a whole fit from where they stand             a mean of fits
-SGDClassifier, SGDRegressor,           coefficients or layers; `epochs` passes of ``partial_fit``  local SGD
+StandardScaler, PCA, SimpleImputer     the same; they predict nothing, see `pf.federated_transform`  as above
+LogisticRegression                     coefficients; a whole fit from where they stand               a mean of fits
+SGDClassifier, SGDRegressor,           coefficients or layers; `epochs` passes of ``partial_fit``    local SGD
 Perceptron, MLPClassifier,
 MLPRegressor
-anything else: forests, boosting,      the recipe of the fit: its seed, the soft labels of the     by predictions only
+anything else: forests, boosting,      the recipe of the fit: its seed, the soft labels of the       by predictions only
 neighbours, SVC, pipelines, ensembles  public rows
-=====================================  ==========================================================  ==================
+=====================================  ============================================================  ==================
 
 Only the estimators themselves count, not their subclasses, which may compute something else: a subclass takes part
 through its predictions, as do those above with ``early_stopping``, ``average``, ``positive``, ``solver="lbfgs"`` (of
 the networks) or ``class_weight="balanced"`` (of the SGD family), which their own way of continuing does not know; and
 LinearDiscriminantAnalysis where pooled scatter does not tell its fit (``shrinkage="auto"``, given priors with other
-solvers than "svd"). So does a pipeline: coefficients behind a scaler that each client fits for itself are not about the same features. To share
-parameters, give the bare estimator and put preprocessing into the client's data.
+solvers than "svd"). So does a pipeline: coefficients behind a scaler that each client fits for itself are not about the
+same features. To share parameters, give the bare estimator and put preprocessing into the client's data.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from sklearn.utils.validation import check_is_fitted
 from polyfed.core.algorithm import Env, Fit, Fitted, Predict
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.tree import Array, Tree
+from polyfed.models import sklearn_transformers as transformers
 from polyfed.models.sklearn_discriminant import LINEAR_DISCRIMINANT, is_exact
 from polyfed.models.sklearn_estimator import Estimator, Family, Settings, alone, answers, parameters
 from polyfed.models.sklearn_parameters import Descent, Layers, Logistic
@@ -77,7 +79,8 @@ def sklearn(
     from the run's seed, whatever was given, and ``n_jobs`` is one inside a task.
 
     Args:
-        estimator: a classifier or regressor, or a pipeline that ends in one.
+        estimator: a classifier or regressor, or a pipeline that ends in one; or StandardScaler, PCA or SimpleImputer,
+            which have parameters and predict nothing.
         epochs: passes over the rows in one fit, for those that train by ``partial_fit``.
         batch_size: rows of one of their steps.
         soft_copies: probability from which a class of a soft label becomes a weighted copy of its row.
@@ -86,7 +89,7 @@ def sklearn(
         key: equal keys say that two models may be averaged; the estimator's type and hyper-parameters by default.
 
     Raises:
-        UsageError: neither a classifier nor a regressor, or a setting out of its range.
+        UsageError: none of these, or a setting out of its range.
 
     >>> from sklearn.ensemble import RandomForestClassifier
     >>> model = sklearn(RandomForestClassifier(50))
@@ -97,8 +100,14 @@ def sklearn(
         raise UsageError(
             f"pf.sklearn takes a scikit-learn estimator such as RandomForestClassifier(), got {estimator!r}"
         )
-    if not (is_classifier(estimator) or is_regressor(estimator)):
-        raise UsageError(f"{type(estimator).__name__} is neither a classifier nor a regressor: it predicts no target")
+    if type(estimator) in transformers.FAMILIES:
+        transformers.check(estimator)
+    elif not (is_classifier(estimator) or is_regressor(estimator)):
+        known = ", ".join(kind.__name__ for kind in transformers.FAMILIES)
+        raise UsageError(
+            f"{type(estimator).__name__} is neither a classifier nor a regressor: it predicts no target; "
+            f"of transformers, {known} can be fitted together"
+        )
     if epochs < 1 or batch_size < 1:
         raise UsageError(f"epochs and batch_size count from 1, got {epochs} and {batch_size}")
     if not (0 <= soft_copies < 1 and soft_weight >= 0):
@@ -164,6 +173,11 @@ class SklearnModel:
 
     def predict(self, request: Predict, rows: Rows, env: Env) -> Array:
         """(n, classes) log-probabilities or (n, outputs) values, float32; the rows' targets are not looked at."""
+        if "predict" not in self.offers:
+            raise UsageError(
+                f"{self.kind} predicts nothing; fit it by pf.federated_transform, or run it with "
+                "evaluate_every=0, test=False, baselines=()"
+            )
         if request.what != "logits":
             raise UsageError(f"{self.kind} has no {request.what}; it predicts")
         over = rows if request.rows is None else request.rows
@@ -213,7 +227,7 @@ class SklearnModel:
         return made
 
     def _check(self, problem: Problem) -> None:
-        if is_classifier(self.estimator) == problem.is_classification:
+        if "predict" not in self.offers or is_classifier(self.estimator) == problem.is_classification:
             return
         asked, does = ("classes", "values") if problem.is_classification else ("values", "classes")
         raise UsageError(f"{self.kind} predicts {does}, the problem asks for {asked}: take the other kind of estimator")
@@ -227,6 +241,8 @@ _lock = Lock()
 def family_of(estimator: Estimator) -> Family:
     """How this estimator's state is made: the table at the head of this file."""
     kind, given = type(estimator), estimator.get_params(deep=False)
+    if kind in transformers.FAMILIES:
+        return transformers.FAMILIES[kind]
     if kind is GaussianNB:
         return NAIVE_BAYES
     if kind in (MultinomialNB, BernoulliNB, ComplementNB):
