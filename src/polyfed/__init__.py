@@ -31,6 +31,7 @@ _HOME = {
     "Buffered": "polyfed.core.schedule",
     "Client": "polyfed.run.client",
     "Converged": "polyfed.core.stop",
+    "Distill": "polyfed.algorithms",
     "Diverged": "polyfed.core.stop",
     "FedAdagrad": "polyfed.algorithms",
     "FedAdam": "polyfed.algorithms",
@@ -53,6 +54,7 @@ _HOME = {
     "Tree": "polyfed.core.tree",
     "Uniform": "polyfed.core.select",
     "UpdatePolicy": "polyfed.core.aggregate",
+    "federated_transform": "polyfed.run.transform",
     "join": "polyfed.run.join",
     "keras": "polyfed.models.keras",
     "load": "polyfed.run.files",
@@ -118,6 +120,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from polyfed import data as data
+    from polyfed.algorithms import Distill as Distill
     from polyfed.algorithms import FedAdagrad as FedAdagrad
     from polyfed.algorithms import FedAdam as FedAdam
     from polyfed.algorithms import FedAvg as FedAvg
@@ -158,5 +161,6 @@ if TYPE_CHECKING:
     from polyfed.run.serve import serve as serve
     from polyfed.run.simulate import open_rounds
     from polyfed.run.simulate import simulate as simulate
+    from polyfed.run.transform import federated_transform as federated_transform
 
     rounds = open_rounds

@@ -11,7 +11,7 @@ import test_algorithm_oracles as oracle
 from invariants import INVARIANTS, TorchOps
 from numpy_model import CLASSES
 
-from polyfed.algorithms import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMD, FedProx, FedYogi, fedavg, fedmd
+from polyfed.algorithms import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMD, FedProx, FedYogi, consensus, fedavg
 from polyfed.algorithms.fedopt import Adaptive, ServerOptimizer
 from polyfed.core.aggregate import Aggregate
 from polyfed.core.message import Message
@@ -156,7 +156,7 @@ MUTANTS = {
         lambda s, z, p: REAL_SAID(replace(s, temperature=1.0), z, p),
         "i46",
     ),
-    "the teacher is softened twice": (FedMD, "teacher", lambda s, c, p: fedmd.softened(c, s.temperature), "i46"),
+    "the teacher is softened twice": (FedMD, "teacher", lambda s, c, p: consensus.softened(c, s.temperature), "i46"),
     "logits are taken for probabilities": (
         FedMD,
         "teacher",
@@ -169,7 +169,7 @@ MUTANTS = {
         lambda s, z, p: z if s.average == "logits" else REAL_SAID(s, z, p),
         "i51",
     ),
-    "softmax over rows": (fedmd, "softened", lambda z, t: REAL_SOFTENED(z.T, t).T, "i45"),
+    "softmax over rows": (consensus, "softened", lambda z, t: REAL_SOFTENED(z.T, t).T, "i45"),
     "the teacher is trained too": (TorchOps, "stop_gradient", staticmethod(lambda a: a), "i50_the_teacher"),
     "the digest comes first": (FedMD, "client_update", digest_first, "md last"),
     "the model is forgotten": (FedMD, "client_update", forgetful, "md last"),
@@ -182,7 +182,7 @@ MUTANTS = {
         "i26",
     ),
 }
-REAL_SOFTENED = fedmd.softened
+REAL_SOFTENED = consensus.softened
 
 ORACLES = {
     "prox": lambda: oracle.test_fedavg_and_fedprox_when_run_equal_the_pseudocode(0.7, "num_examples", CLASSES),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from polyfed.algorithms.distill import Distill
 from polyfed.algorithms.fedavg import FedAvg
 from polyfed.algorithms.fedmd import FedMD
 from polyfed.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
@@ -14,7 +15,7 @@ from polyfed.core.algorithm import Algorithm
 
 #: Every built-in algorithm by name. A site adds its own to a copy: ``{**REGISTRY, "Mine": Mine}``.
 REGISTRY: Mapping[str, type[Algorithm]] = MappingProxyType(
-    {kind.__name__: kind for kind in (FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMD, FedProx, FedYogi, Local)}
+    {kind.__name__: kind for kind in (Distill, FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMD, FedProx, FedYogi, Local)}
 )
 
-__all__ = ["REGISTRY", "FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedMD", "FedProx", "FedYogi", "Local"]
+__all__ = ["REGISTRY", "Distill", "FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedMD", "FedProx", "FedYogi", "Local"]

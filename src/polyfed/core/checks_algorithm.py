@@ -24,7 +24,7 @@ from polyfed.core.algorithm import Algorithm, Env, Fit, Predict, Task
 from polyfed.core.errors import RefusedError, SpecError
 from polyfed.core.manifest import build, manifest_of
 from polyfed.core.message import Memory, Message, State
-from polyfed.core.protocols import Site
+from polyfed.core.protocols import Model, Site
 from polyfed.core.tree import Array, Tree
 from polyfed.core.work import drive
 
@@ -63,6 +63,7 @@ def play(
     cohort: Callable[[int], Iterable[str]] | None = None,
     tamper: Callable[[str, Message], Message] | None = None,
     after: Played | None = None,
+    student: Model | None = None,
 ) -> Played:
     """Runs rounds one after another, a client at a time.
 
@@ -74,22 +75,50 @@ def play(
         cohort: round number -> names that take part; everybody by default.
         tamper: (client, upload) -> what arrives in its place; a refused upload leaves that client's memory as it was.
         after: where to go on from.
+        student: what the server trains, for an algorithm that has one.
     """
-    played = after or Played(algorithm.init(server_env(sites, seed)))
+    played = after or Played(algorithm.init(server_env(sites, seed, student=student)))
     for round_num in range(played.round_num + 1, played.round_num + rounds + 1):
         names = list(sites if cohort is None else cohort(round_num))
-        played = _round(algorithm, sites, replace(played, round_num=round_num), seed, names, tamper)
+        env = server_env(sites, seed, round_num, student)
+        played = _round(algorithm, sites, replace(played, round_num=round_num), env, names, tamper)
     return played
 
 
-def server_env(sites: Mapping[str, Site], seed: int, round_num: int = 0) -> Env:
-    """What a run hands to the server's hooks: the first state of each group is that of its first client."""
+def server_env(sites: Mapping[str, Site], seed: int, round_num: int = 0, student: Model | None = None) -> Env:
+    """What a run hands to the server's hooks: the first state of each group is that of its first client.
+
+    Its trainers are a model of each group and the student, over the first client's public rows.
+    """
     first: dict[str, Tree] = {}
     for position, site in enumerate(sites.values()):
         if site.group not in first and "params" in site.model.offers:
             first[site.group] = site.model.first(site.train, client_env(site, seed, 1, position))
-    problem = next(iter(sites.values())).problem
-    return Env(seed=seed, problem=problem, round_num=round_num, population=len(sites), first=first)
+    one = next(iter(sites.values()))
+    return Env(
+        seed=seed,
+        problem=one.problem,
+        round_num=round_num,
+        number=round_num,
+        population=len(sites),
+        first=first,
+        trainers=_trainers(sites, one, student),
+    )
+
+
+def _trainers(sites: Mapping[str, Site], one: Site, student: Model | None) -> dict[str, Site]:
+    if one.public is None:
+        return {}
+    models: dict[str, Model] = {} if student is None else {"student": student}
+    for site in sites.values():
+        models.setdefault(site.group, site.model)
+    rows = one.public.unlabelled()
+    return {name: Site(name, model, one.problem, rows, public=rows, group=name) for name, model in models.items()}
+
+
+def addressed(env: Env, site: Site) -> Env:
+    """The server's env where it makes or checks a message of one client."""
+    return replace(env, client=site.name, group=site.group)
 
 
 def client_env(site: Site, seed: int, round_num: int, position: int = 0) -> Env:
@@ -101,17 +130,17 @@ def _round(
     algorithm: Algorithm,
     sites: Mapping[str, Site],
     played: Played,
-    seed: int,
+    env: Env,
     names: list[str],
     tamper: Callable[[str, Message], Message] | None,
 ) -> Played:
-    env = server_env(sites, seed, played.round_num)
     fold, memories, uploads = Fold(), dict(played.memories), {}
     for position, name in enumerate(names):
+        to = addressed(env, sites[name])
         sent, upload, memory = work(algorithm, sites[name], played, env, position)
         try:
-            update = validate(tamper(name, upload) if tamper else upload, algorithm.expects(sent, env), name)
-            received = algorithm.receive(sent, update, env)
+            update = validate(tamper(name, upload) if tamper else upload, algorithm.expects(sent, to), name)
+            received = algorithm.receive(sent, update, to)
             weights = weights_of(received, _weigh(algorithm, received), name)
         except RefusedError:
             continue
@@ -125,7 +154,7 @@ def work(
     algorithm: Algorithm, site: Site, played: Played, env: Env, position: int = 0
 ) -> tuple[Message, Message, Memory]:
     """One client's round: what it is sent, its upload, its next memory."""
-    sent = algorithm.broadcast(played.state, site.name, env)
+    sent = algorithm.broadcast(played.state, site.name, addressed(env, site))
     memory = played.memories.get(site.name, Message())
     own = client_env(site, env.seed, env.round_num, position)
     upload, after = drive(algorithm.client_update(sent, memory, own), site, own)
@@ -149,6 +178,7 @@ class Case:
         rounds: how many rounds a check plays.
         seed: the runs'.
         registry: name -> class, for the manifest.
+        student: what the server trains, for an algorithm that has one.
     """
 
     algorithm: Algorithm
@@ -156,20 +186,25 @@ class Case:
     rounds: int = 3
     seed: int = 0
     registry: Mapping[str, type[Algorithm]] = field(default_factory=dict)
+    student: Model | None = None
 
-    def play(self, rounds: int | None = None, **more: Any) -> Played:
-        return play(
-            self.algorithm, self.make(), rounds=self.rounds if rounds is None else rounds, seed=self.seed, **more
-        )
+    def play(self, rounds: int | None = None, *, sites: Mapping[str, Site] | None = None, **more: Any) -> Played:
+        rounds = self.rounds if rounds is None else rounds
+        more = {"seed": self.seed, "student": self.student} | more
+        return play(more.pop("algorithm", self.algorithm), sites or self.make(), rounds=rounds, **more)
 
-    def env(self, round_num: int = 1) -> Env:
-        return server_env(self.make(), self.seed, round_num)
+    def env(self, round_num: int = 1, site: Site | None = None) -> Env:
+        """The server's env; `site`: whose message is made or checked."""
+        env = server_env(self.make(), self.seed, round_num, self.student)
+        return env if site is None else addressed(env, site)
 
 
 Check = Callable[[Case], None]
 
 
-def check_algorithm(algorithm: Algorithm, make: Sites, *, rounds: int = 3, seed: int = 0) -> None:
+def check_algorithm(
+    algorithm: Algorithm, make: Sites, *, rounds: int = 3, seed: int = 0, student: Model | None = None
+) -> None:
     """Runs every check of `ALGORITHM_CHECKS` over an algorithm.
 
     Args:
@@ -177,11 +212,12 @@ def check_algorithm(algorithm: Algorithm, make: Sites, *, rounds: int = 3, seed:
         make: returns equal, fresh sites by name at every call, at least two, whose models meet the algorithm's needs.
         rounds: how many rounds to play, at least 2.
         seed: of the runs.
+        student: what the server trains, for an algorithm that has one.
 
     Raises:
         AssertionError: a promise does not hold; the sentence says which.
     """
-    case = Case(algorithm, make, rounds, seed, {algorithm.name: type(algorithm)})
+    case = Case(algorithm, make, rounds, seed, {algorithm.name: type(algorithm)}, student)
     for check in ALGORITHM_CHECKS.values():
         check(case)
 
@@ -202,9 +238,10 @@ def init_is_a_function(case: Case) -> None:
 
 def broadcast_is_a_function(case: Case) -> None:
     """Broadcasting twice gives the same message, and leaves the state as it was."""
-    played, env = case.play(1), case.env(2)
+    played = case.play(1)
     before = played.state.digest
-    for name in case.make():
+    for name, site in case.make().items():
+        env = case.env(2, site)
         one = case.algorithm.broadcast(played.state, name, env)
         two = case.algorithm.broadcast(played.state, name, env)
         assert one.digest == two.digest, f"broadcast sends {name} another message the second time"
@@ -217,7 +254,7 @@ def update_is_expected(case: Case) -> None:
     for round_num in range(1, case.rounds + 1):
         played = replace(played, round_num=round_num)
         for name, site in case.make().items():
-            env = case.env(round_num)
+            env = case.env(round_num, site)
             sent, upload, _ = work(case.algorithm, site, played, env)
             try:
                 update = validate(upload, case.algorithm.expects(sent, env), name)
@@ -230,8 +267,9 @@ def update_is_expected(case: Case) -> None:
 
 def update_is_a_function(case: Case) -> None:
     """The same message, memory and env give the same upload and memory, and message and memory stay as they were."""
-    played, env = case.play(1), case.env(2)
-    for name in case.make():
+    played = case.play(1)
+    for name, site in case.make().items():
+        env = case.env(2, site)
         sent = case.algorithm.broadcast(played.state, name, env)
         memory = played.memories.get(name, Message())
         before = (sent.digest, memory.digest)
@@ -245,7 +283,7 @@ def update_is_a_function(case: Case) -> None:
 def requests_are_known(case: Case) -> None:
     """A client's generator yields `Fit` and `Predict` requests and nothing else; it ends with (Message, Memory)."""
     name, site = next(iter(case.make().items()))
-    env, own = case.env(1), client_env(site, case.seed, 1)
+    env, own = case.env(1, site), client_env(site, case.seed, 1)
     steps = case.algorithm.client_update(case.algorithm.broadcast(case.play(0).state, name, env), Message(), own)
     answer: Any = None
     while True:
@@ -286,7 +324,7 @@ def nobody_changes_nothing(case: Case) -> None:
 def one_client_is_enough(case: Case) -> None:
     """A federation of one, and a round with one client, run and stay finite."""
     name, site = next(iter(case.make().items()))
-    alone = play(case.algorithm, {name: site}, rounds=case.rounds, seed=case.seed)
+    alone = case.play(sites={name: site})
     partly = case.play(cohort=lambda _: [name])
     for played in (alone, partly):
         assert all(tree.is_finite() for tree in played.state.trees.values()), "one client alone makes values not finite"
@@ -313,7 +351,10 @@ def newcomers_are_served(case: Case) -> None:
 def everything_is_data(case: Case) -> None:
     """State, messages and memories survive the wire format bit for bit."""
     played, env = case.play(), case.env(case.rounds + 1)
-    sent = {f"broadcast to {name}": case.algorithm.broadcast(played.state, name, env) for name in case.make()}
+    sent = {
+        f"broadcast to {n}": case.algorithm.broadcast(played.state, n, addressed(env, site))
+        for n, site in case.make().items()
+    }
     memories = {f"memory of {name}": memory for name, memory in played.memories.items()}
     uploads = {f"upload of {n}": work(case.algorithm, site, played, env)[1] for n, site in case.make().items()}
     for what, message in ({"state": played.state} | sent | memories | uploads).items():
@@ -326,7 +367,7 @@ def resumes_from_data(case: Case) -> None:
     state = wire.decode(wire.to_bytes(half.state))
     memories = {name: wire.decode(wire.to_bytes(memory)) for name, memory in half.memories.items()}
     rebuilt = build(json.loads(json.dumps(manifest_of(case.algorithm))), case.registry)
-    resumed = play(rebuilt, case.make(), rounds=1, seed=case.seed, after=replace(half, state=state, memories=memories))
+    resumed = case.play(1, algorithm=rebuilt, after=replace(half, state=state, memories=memories))
     assert resumed.digest == case.play().digest, "a run that goes on from stored bytes ends with other bits"
 
 
@@ -341,9 +382,9 @@ def manifest_comes_back(case: Case) -> None:
 def start_makes_a_model(case: Case) -> None:
     """Before, during and after a run `start` gives trees that make a client's model, newcomers included."""
     for rounds in (0, 1, case.rounds):
-        played, env = case.play(rounds), case.env(rounds + 1)
+        played = case.play(rounds)
         for name, site in case.make().items():
-            sent = case.algorithm.broadcast(played.state, name, env)
+            sent = case.algorithm.broadcast(played.state, name, case.env(rounds + 1, site))
             for memory in (Message(), played.memories.get(name, Message())):
                 _check_start(case.algorithm.start(sent, memory), site, client_env(site, case.seed, rounds + 1))
 
