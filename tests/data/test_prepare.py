@@ -123,6 +123,47 @@ def test_rows_that_stand_on_both_sides_are_warned_of_with_their_number():
         prepare("va", Raw({"x": x}, np.arange(8) % 2), PARTS, TWO)
 
 
+def two_columns(names=("a", "b"), **more):
+    return pd.DataFrame({name: np.arange(8.0) + 10 * i for i, name in enumerate(names)} | more)
+
+
+def public_as(own, public, preprocess=None):
+    raw = Raw({"x": own}, np.arange(8) % 2)
+    return prepare("va", raw, PARTS, TWO, preprocess=preprocess, public=Raw({"x": public})).public.x
+
+
+def test_public_columns_are_found_by_name_whatever_their_order():
+    straight = public_as(two_columns(), two_columns())
+    assert np.array_equal(public_as(two_columns(), two_columns()[["b", "a"]]), straight)
+    assert np.array_equal(public_as(two_columns(), two_columns()[["b", "a"]], tabular()), straight_of(tabular()))
+
+
+def straight_of(preprocess):
+    return public_as(two_columns(), two_columns(), preprocess)
+
+
+def test_a_preprocessing_that_picks_its_columns_may_meet_more_of_them():
+    pick = lambda rows: rows[["a"]].to_numpy()  # noqa: E731  # used twice
+    assert public_as(two_columns(), two_columns(("a", "c")), pick).shape == (8, 1)
+    assert public_as(two_columns(), two_columns(c=1.0), tabular()).shape == (8, 2)
+
+
+@pytest.mark.parametrize("preprocess", [None, tabular(), StandardScaler()])
+def test_public_rows_with_other_columns_name_client_and_columns(preprocess):
+    with pytest.raises(
+        DataError, match=r"^va: .*the public rows lack column 'b'; the public rows have column 'c' besides"
+    ):
+        public_as(two_columns(), two_columns(("a", "c")), preprocess)
+
+
+def test_public_rows_in_another_form_say_so():
+    with pytest.raises(DataError, match=r"va: .*the public rows are an array, its own are a DataFrame"):
+        public_as(two_columns(), np.zeros((4, 2)), tabular())
+    inputs = Raw({"image": np.zeros((8, 2)), "genes": np.zeros((8, 3))}, np.arange(8) % 2)
+    with pytest.warns(LeakWarning), pytest.raises(DataError, match=r"va: .*no input 'genes'.*lack input 'genes'"):
+        prepare("va", inputs, PARTS, TWO, public=inputs.only("image").unlabelled())
+
+
 def test_nan_from_a_preprocessing_stays_for_models_that_take_it():
     x = np.array([[np.nan], [1], [2], [3], [4], [5], [6], [7]])
     made = prepare("va", Raw({"x": x}, np.arange(8) % 2), PARTS, TWO, preprocess=lambda rows: rows)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,8 +19,11 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 
 import polyfed as pf
+from polyfed.core.rows import Problem
 from polyfed.core.tree import Tree
+from polyfed.data import LeakWarning, Raw, to_message
 from polyfed.run.client import PreprocessingWarning, naming
+from polyfed.run.join import prepared_site
 
 
 def params(update):
@@ -308,6 +312,89 @@ def test_public_rows_in_another_order_are_read_by_their_names():
 def test_public_rows_of_another_width_name_the_client():
     with pytest.raises(pf.errors.DataError, match=r"north: public rows are x \[2\] a row, its own rows are x \[3\]"):
         run(pf.FedMD(public=rows(7, width=2)[0]))
+
+
+def test_public_rows_that_a_client_is_tested_on_are_refused_by_number_and_name():
+    with pytest.raises(
+        pf.errors.DataError,
+        match="south: the public rows hold 9 of 9 validation rows and 12 of 12 test rows of this client",
+    ):
+        run(pf.FedMD(public=np.concatenate([rows(7)[0], rows(1)[0]])))
+    x, y = rows(1)
+    told = [pf.Client("south", pf.sklearn(LogisticRegression()), data=(x, y), consents="overlap")]
+    assert run(pf.FedMD(public=x), told).is_complete
+
+
+def test_the_same_case_at_two_clients_is_warned_of_when_one_makes_it_public():
+    members = [
+        pf.Client(name, pf.sklearn(LogisticRegression()), data=rows(1), split=pf.Split(public=0.4))
+        for name in ("north", "south")
+    ]
+    with pytest.warns(LeakWarning, match=r"(north|south): rows that other clients set aside as public equal [35] of"):
+        run(pf.FedMD(), members, rounds=1)
+
+
+def test_public_rows_with_other_columns_name_the_client_and_the_columns():
+    public = frame(7, ("age", "dose", "mass")).drop(columns="sick")
+    for preprocess in (None, pf.tabular()):
+        with pytest.raises(pf.errors.DataError, match=r"north: .*lack column 'gene'.* have column 'mass' besides"):
+            run(pf.FedMD(public=public), framed(frame(0), frame(1), preprocess=preprocess))
+
+
+# ---------------------------------------------------------------------------------------------- classes that differ
+
+
+def three_classes(seed, names, keep=(0, 1, 2)):
+    x, _ = rows(seed, n=120)
+    y = np.digitize(x[:, 0], [-0.4, 0.4])
+    kept = np.isin(y, keep)
+    return x[kept], np.array(names)[y[kept]]
+
+
+@pytest.mark.parametrize("algorithm", [lambda: pf.FedMD(public=rows(7)[0]), pf.FedAvg])
+def test_a_client_that_lacks_a_class_or_meets_them_in_another_order_agrees_on_all_of_them(algorithm):
+    names = ("low", "mid", "high")
+    north, south = three_classes(0, names), three_classes(1, names, keep=(2, 0))
+    assert south[1][0] != north[1][0]
+    result = run(algorithm(), clients(("north", "south"), north=north, south=south), rounds=1)
+    assert result.is_complete
+    assert result.population.problem.classes == ("high", "low", "mid")
+    assert result.test["north"]["accuracy"] > 0.7
+    assert result.test["south"]["accuracy"] > 0.7
+
+
+def test_classes_of_another_kind_name_both_clients():
+    x, y = rows(1)
+    with pytest.raises(pf.errors.DataError, match="north's target holds numbers, south's holds text"):
+        run(members=clients(("north", "south"), south=(x, np.array(["no", "yes"])[y])))
+
+
+class NoLink:
+    """What `prepared_site` asks of a link."""
+
+    def __init__(self, public):
+        self.public = public
+
+    def blob(self, digest):
+        return to_message(Raw({"x": self.public}))
+
+
+def site_of_a_run(public=None, classes=("0", "1"), **client):
+    member = pf.Client("south", pf.sklearn(LogisticRegression()), data=rows(1), **client)
+    manifest = SimpleNamespace(public="digest" if public is not None else "", problem=Problem(classes, 2), seed=0)
+    return prepared_site(member, member.read(), manifest, pf.FedMD(), NoLink(public))
+
+
+def test_a_site_of_a_network_run_holds_the_public_rows_against_its_own():
+    x, _ = rows(1)
+    with pytest.raises(pf.errors.DataError, match=r"south: the public rows hold .* 12 of 12 test rows of this client"):
+        site_of_a_run(x)
+    assert len(site_of_a_run(x, consents="overlap").public) == 60
+
+
+def test_a_class_that_was_not_agreed_names_client_and_class():
+    with pytest.raises(pf.errors.DataError, match="south: class '1' is not among the agreed classes '0', '2'"):
+        site_of_a_run(rows(7)[0], classes=("0", "2"))
 
 
 # ---------------------------------------------------------------------------------------------- whose mistake it is

@@ -1,6 +1,7 @@
 """Rows: where they come from, who holds which, how they are split and prepared; without any framework imported."""
 
 from polyfed.data.noise import mixup_public, noise_public
+from polyfed.data.overlap import check_public_apart
 from polyfed.data.partition import by_column, dirichlet, iid, pathological, per_client, quantity_skew, shards
 from polyfed.data.prepare import Prepared, described, prepare, prepare_unlabelled, tabular
 from polyfed.data.problem import encode_target, problem_of
@@ -17,6 +18,7 @@ __all__ = [
     "Raw",
     "Split",
     "by_column",
+    "check_public_apart",
     "concat",
     "described",
     "dirichlet",

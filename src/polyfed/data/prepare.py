@@ -20,6 +20,7 @@ from polyfed.core.errors import DataError, MissingExtraError
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.tree import Array
 from polyfed.data.problem import encode_target
+from polyfed.data.public import schema_difference
 from polyfed.data.split import LeakWarning, Parts, duplicates
 from polyfed.data.table import Raw, is_frame, missing_in, values_of
 
@@ -72,7 +73,8 @@ def prepare(
         inputs float32 (int64 for whole numbers other than bytes: token numbers), C-contiguous, in the order of `parts`.
 
     Raises:
-        DataError: text or missing values without a preprocessing, or one that fails: names client and column.
+        DataError: text or missing values without a preprocessing, or one that fails: names client and column; public rows
+            with other columns than the client's, where its preprocessing cannot read them: names these columns.
 
     Guarantees: a pure function of its arguments; no value outside the training part has any effect on the training rows
     or on what is fitted. Rows of the validation or test part whose inputs stand in the training part too are warned of
@@ -97,7 +99,7 @@ def prepare(
         train=Rows(_inputs(name, train, fitted), target),
         validation=part(parts.validation),
         test=part(parts.test),
-        public=None if public is None or not len(public) else Rows(_inputs(name, public, fitted)),
+        public=None if public is None or not len(public) else _public(name, raw, public, fitted),
         fitted=fitted,
         preprocess=described(preprocess),
     )
@@ -264,6 +266,42 @@ def _fit_one(name: str, key: str, rows: Any, target: Array | None, step: Any, se
         return fresh.fit(rows, target)
     except (ValueError, TypeError) as error:
         raise DataError(f"{name}: preprocess={type(step).__name__} cannot be fit: {_first_line(error)}") from error
+
+
+def _public(name: str, raw: Raw, public: Raw, fitted: Mapping[str, Any]) -> Rows:
+    """Public rows as this client's model sees them: columns are found by name, and there is no guessing by place."""
+    inputs = dict(public.inputs)
+    for key, value in raw.inputs.items():
+        other: Any = public.inputs.get(key)
+        if not (is_frame(value) and is_frame(other)):
+            continue
+        own, there = list(value.columns), list(other.columns)
+        if own != there and set(own) == set(there) and len(own) == len(there):
+            inputs[key] = other[own]
+        elif own != there and fitted.get(key, "*") is None:
+            raise DataError(f"{name}: {_differing(raw, public)}; give public rows with the columns of the clients")
+    try:
+        return Rows(_inputs(name, Raw(inputs), fitted))
+    except DataError as error:
+        if said := _differing(raw, public):
+            raise DataError(f"{error}; {said}") from error
+        raise
+
+
+def _differing(raw: Raw, public: Raw) -> str:
+    """How the public rows' inputs and columns differ from the client's by name, in words; empty where they do not."""
+    frames, arrays = "a DataFrame", "an array"
+    said = []
+    for key, value in raw.inputs.items():
+        if (other := public.inputs.get(key)) is None:
+            said.append(f"the public rows lack input {key!r}")
+        elif is_frame(value) != is_frame(other):
+            kinds = (frames, arrays) if is_frame(other) else (arrays, frames)
+            said.append(f"the public rows are {kinds[0]}, its own are {kinds[1]}")
+        elif is_frame(value):
+            mine, theirs = ({str(column): "" for column in frame.columns} for frame in (value, other))
+            said.append(schema_difference(mine, theirs))
+    return "; ".join(words for words in said if words)
 
 
 def _inputs(name: str, raw: Raw, fitted: Mapping[str, Any]) -> dict[str, Array]:

@@ -22,7 +22,7 @@ from polyfed.data.table import is_frame
 
 TaskKind = Literal["classification", "regression"]
 #: What a client may agree to besides the usual.
-CONSENTS = ("personal",)
+CONSENTS = ("personal", "overlap")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -44,7 +44,8 @@ class Client:
         split: `pf.Split` (fractions) or `pf.Parts` (row numbers).
         groups, time: column or array: whose row it is, when it was; the split never parts a person or mixes time.
         consents: what this client agrees to besides the usual: "personal" lets its personal part leave it, which
-            only ``feedback=`` asks for.
+            only ``feedback=`` asks for; "overlap" says that its validation and test rows may equal public rows, because
+            equal rows are different cases here (`polyfed.data.overlap`).
         joins_at: the round from which it takes part, from 1: before it, nobody asks it and nothing of it is evaluated.
         away: rounds in which it does not take part; its memory waits for it.
         start: what its model starts from: what `pf.load` or a run returned, or a `Tree` of entries. Entries of the same
@@ -163,6 +164,11 @@ def populate(algorithm: Algorithm, clients: Iterable[Client], *, seed: int, task
     if public is not None:
         _without_target(public, by_name, raws)
         public = _ordered_as(next(iter(raws.values())), public)
+        is_given = getattr(algorithm, "public", None) is not None
+        for name, client in by_name.items():
+            tables.check_public_apart(
+                name, raws[name], parts[name], public, is_given=is_given, may_overlap="overlap" in client.consents
+            )
     prepared = {
         name: tables.prepare(
             name, raws[name], parts[name], problem, preprocess=client.preprocess, public=public, seed=seed

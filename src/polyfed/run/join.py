@@ -177,6 +177,9 @@ def prepared_site(client: Client, raw: tables.Raw, manifest: Manifest, algorithm
     """The client's rows after its own preprocessing, the public ones included; checks what the algorithm needs."""
     public = tables.from_message(link.blob(manifest.public)) if manifest.public else None
     parts = tables.divide(client.name, raw, client.split, seed=manifest.seed)
+    if public is not None:
+        may_overlap = "overlap" in client.consents
+        tables.check_public_apart(client.name, raw, parts, public, may_overlap=may_overlap)
     prepared = tables.prepare(
         client.name, raw, parts, manifest.problem, preprocess=client.preprocess, public=public, seed=manifest.seed
     )
