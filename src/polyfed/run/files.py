@@ -6,6 +6,7 @@
     DIR/models/CLIENT.keras      a Keras model
     DIR/models/CLIENT.skops      a scikit-learn estimator
     DIR/models/CLIENT.polyfed    any model's state; a PyTorch module is made of it by ``saved.model(CLIENT, into=MyNet())``
+    DIR/student.*                the student that the server taught, as a client's model: ``saved.student()``
 
 A ``.polyfed`` file is a message as it travels (`polyfed.core.wire`): checked, and nothing in it is ever executed.
 """
@@ -28,6 +29,7 @@ from polyfed.core.errors import CorruptError, PeerError, StorageError, UsageErro
 from polyfed.core.message import Memory, Message, State
 from polyfed.core.tree import Tree
 from polyfed.run.client import NAME
+from polyfed.run.student import STUDENT, student_state
 
 if TYPE_CHECKING:
     from polyfed.run.result import Result
@@ -95,24 +97,34 @@ def _write(result: Result, folder: Path) -> None:
     for name in result.population.sites:
         models[name], note = _write_model(result, name, folder / "models")
         notes += [note] if note else []
-    said = {"format": FORMAT, "result": result.to_dict(), "models": models, "notes": notes}
+    said: dict[str, Any] = {"format": FORMAT, "result": result.to_dict(), "models": models, "notes": notes}
+    if result.has_student:
+        site, state = student_state(result.algorithm, result.federation, result.state)
+        said["student"], note = _write_as(site.model, STUDENT, state, lambda: result.student, folder)
+        notes += [note] if note else []
     (folder / "result.json").write_text(json.dumps(said, indent=1, allow_nan=False))
 
 
 def _write_model(result: Result, name: str, folder: Path) -> tuple[dict[str, str], str]:
     """Writes one client's state, and its model where a safe format takes it; says how, and what could not be done."""
-    site = result.population.sites[name]
-    (folder / f"{name}.polyfed").write_bytes(wire.to_bytes(Message(trees={"state": result.state_of(name)})))
-    framework = framework_of(site.model)
-    told = {"framework": framework, "kind": site.model.kind, "file": f"{name}.polyfed"}
+    model = result.population.sites[name].model
+    return _write_as(model, name, result.state_of(name), lambda: result.models[name], folder, "models/")
+
+
+def _write_as(
+    model: Any, name: str, state: Tree, exported: Callable[[], Any], folder: Path, place: str = ""
+) -> tuple[dict[str, str], str]:
+    (folder / f"{name}.polyfed").write_bytes(wire.to_bytes(Message(trees={"state": state})))
+    framework = framework_of(model)
+    told = {"framework": framework, "kind": model.kind, "file": f"{name}.polyfed"}
     if framework not in _WRITERS:
         return told, ""
     path = folder / (name + ENDINGS[framework])
     try:
-        _WRITERS[framework](result.models[name], path)
+        _WRITERS[framework](exported(), path)
     except UsageError as error:
         path.unlink(missing_ok=True)
-        return told, f"{name}: {error}; its state is saved in models/{name}.polyfed"
+        return told, f"{name}: {error}; its state is saved in {place}{name}.polyfed"
     return told | {"file": path.name}, ""
 
 
@@ -150,6 +162,7 @@ class Saved:
         info: everything that `Result.to_dict` says.
         kinds: client -> framework and type name of its model.
         notes: which models a safe format could not hold, and why.
+        student_kind: framework, type name and file of the student; empty where the algorithm taught none.
     """
 
     folder: Path
@@ -158,6 +171,7 @@ class Saved:
     info: Mapping[str, Any] = field(repr=False)
     kinds: Mapping[str, Mapping[str, str]]
     notes: tuple[str, ...] = ()
+    student_kind: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -167,10 +181,7 @@ class Saved:
     def state_of(self, name: str) -> Tree:
         """The whole state of a client's model."""
         self._told(name)
-        trees = _read_message(self.folder / "models" / f"{name}.polyfed").trees
-        if set(trees) != {"state"}:
-            raise CorruptError(f"{self.folder}/models/{name}.polyfed holds {', '.join(trees) or 'nothing'}, no state")
-        return trees["state"]
+        return _read_state(self.folder / "models" / f"{name}.polyfed")
 
     def model(self, name: str, *, into: Any = None) -> Any:
         """A client's model as its framework's own object.
@@ -184,18 +195,24 @@ class Saved:
             UsageError: no such client; `into` is missing, or the model could not be saved in a safe format.
             SpecError: `into` is of another architecture.
         """
-        told = self._told(name)
+        return self._made(name, self._told(name), self.folder / "models", f"saved.model({name!r}, into=MyNet())", into)
+
+    def student(self, *, into: Any = None) -> Any:
+        """The student that the server taught, as its framework's own object; arguments and errors as of `model`."""
+        if not self.student_kind:
+            raise UsageError(f"{self.folder} holds no student; pf.Distill(student=..., public=...) teaches one")
+        return self._made("the student", self.student_kind, self.folder, "saved.student(into=MyNet())", into)
+
+    def _made(self, who: str, told: Mapping[str, str], folder: Path, call: str, into: Any) -> Any:
         framework, kind = told["framework"], told["kind"]
+        path = folder / told["file"]
         if framework == "torch":
-            return self._torch(name, kind, into)
+            return _torch(who, kind, path, call, into)
         if into is not None:
-            raise UsageError(f"{name} is a {framework or kind} model; into= is for PyTorch modules, leave it out")
-        if told["file"].endswith(".polyfed"):
-            note = next(
-                (n for n in self.notes if n.startswith(f"{name}: ")), f"{name}: a {kind} has no safe file format"
-            )
-            raise UsageError(f"{note}; its entries: saved.state_of({name!r})")
-        path = self.folder / "models" / told["file"]
+            raise UsageError(f"{who} is a {framework or kind} model; into= is for PyTorch modules, leave it out")
+        if path.suffix == ".polyfed":
+            note = next((n for n in self.notes if n.startswith(f"{path.stem}: ")), "")
+            raise UsageError(f"{note or f'{who}: a {kind} has no safe file format'}; its entries: {_entries_of(who)}")
         if framework == "keras":
             from polyfed.models.keras_file import from_file  # a framework only where it is used
 
@@ -203,18 +220,6 @@ class Saved:
         from polyfed.models.sklearn_file import from_file as estimator  # as above
 
         return estimator(path)
-
-    def _torch(self, name: str, kind: str, into: Any) -> Any:
-        if into is None:
-            raise UsageError(
-                f"{name} is a PyTorch model ({kind}); its code is not in the file, so hand over a module to fill: "
-                f"saved.model({name!r}, into=MyNet())"
-            )
-        from polyfed.models.torch_file import into_module  # a framework only where it is used
-
-        if not hasattr(into, "named_parameters"):
-            raise UsageError(f"into= is a {type(into).__name__}; give a torch.nn.Module, such as into=MyNet()")
-        return into_module(self.state_of(name), into)
 
     def _told(self, name: str) -> Mapping[str, str]:
         if name not in self.kinds:
@@ -225,6 +230,22 @@ class Saved:
     def models(self) -> SavedModels:
         """Client -> its model, for those that need nothing else; PyTorch's need `model`, with ``into=``."""
         return SavedModels(self)
+
+
+def _entries_of(who: str) -> str:
+    return 'saved.state.trees["student"]' if who == "the student" else f"saved.state_of({who!r})"
+
+
+def _torch(who: str, kind: str, path: Path, call: str, into: Any) -> Any:
+    if into is None:
+        raise UsageError(
+            f"{who} is a PyTorch model ({kind}); its code is not in the file, so hand over a module to fill: {call}"
+        )
+    from polyfed.models.torch_file import into_module  # a framework only where it is used
+
+    if not hasattr(into, "named_parameters"):
+        raise UsageError(f"into= is a {type(into).__name__}; give a torch.nn.Module, such as into=MyNet()")
+    return into_module(_read_state(path), into)
 
 
 class SavedModels(Mapping[str, Any]):
@@ -266,6 +287,7 @@ def load(folder: str | os.PathLike[str]) -> Saved:
         info=said["result"],
         kinds=kinds,
         notes=tuple(str(note) for note in said["notes"]),
+        student_kind=_checked_kind(folder, STUDENT, said["student"]) if said.get("student") else {},
     )
 
 
@@ -292,6 +314,13 @@ def _checked_kind(folder: Path, name: str, told: Any) -> Mapping[str, str]:
     if not all(isinstance(value, str) for value in found.values()) or found["file"] not in {name + e for e in endings}:
         raise CorruptError(f"{folder}/result.json: the model of {name} is described by {str(told)[:200]}")
     return {key: str(value) for key, value in found.items()}
+
+
+def _read_state(path: Path) -> Tree:
+    trees = _read_message(path).trees
+    if set(trees) != {"state"}:
+        raise CorruptError(f"{path} holds {', '.join(trees) or 'nothing'}, no state")
+    return trees["state"]
 
 
 def _read_message(path: Path) -> Message:

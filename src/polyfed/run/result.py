@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polyfed.core import metrics as scores
 from polyfed.core.algorithm import Algorithm, Env, Task
@@ -22,6 +22,10 @@ from polyfed.core.tree import Tree
 from polyfed.core.work import personal
 from polyfed.run.client import Population, first_env
 from polyfed.run.driver import Driver
+
+if TYPE_CHECKING:
+    from polyfed.run.ensemble import Ensemble, Weights
+    from polyfed.run.student import Standings
 
 Metrics = Mapping[str, Mapping[str, float]]
 
@@ -62,6 +66,7 @@ class Result:
         version: how many rounds the state has seen; fewer than `history` after a roll-back.
         notes: sentences for the user.
         interrupted: whether Ctrl-C ended it: this is the result so far, and the test rows were not read.
+        alone: the run behind the baseline "alone"; kept only where a student is set against what each reaches alone.
     """
 
     algorithm: Algorithm
@@ -78,6 +83,7 @@ class Result:
     errors: Mapping[str, ClientError] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     interrupted: bool = False
+    alone: Result | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -89,6 +95,7 @@ class Result:
         *,
         notes: Sequence[str] = (),
         interrupted: bool = False,
+        alone: Result | None = None,
     ) -> Result:
         coordinator = driver.coordinator
         history = tuple(coordinator.history)
@@ -112,6 +119,7 @@ class Result:
             errors=dict(driver.errors),
             notes=(*population.notes, *notes),
             interrupted=interrupted,
+            alone=alone,
         )
 
     # ------------------------------------------------------------------------------------------ models
@@ -175,6 +183,62 @@ class Result:
             first = first.overlay(tree)
         return site.model.export(first, site.train, first_env(site, self.seed))
 
+    @cached_property
+    def student(self) -> Any:
+        """The model that the server taught (`Distill`), as its framework's own object that predicts by itself.
+
+        It takes rows as the algorithm's ``preprocess=`` makes them of raw ones; without one, raw rows.
+
+        Raises:
+            UsageError: the algorithm teaches no student.
+        """
+        from polyfed.run.student import student_of  # only where a student is asked for
+
+        return student_of(self.algorithm, self.federation, self.state)
+
+    def ensemble(self, members: Sequence[str] | str | None = None, *, weights: Weights = "uniform") -> Ensemble:
+        """The participants as one: a joint opinion on raw rows, with each participant's vote.
+
+        Args:
+            members: names of clients; all by default.
+            weights: "uniform", or "num_examples": by training rows.
+
+        >>> # together = result.ensemble()
+        >>> # together.predict(x), together.predict_proba(x)   # what they say together
+        >>> # together.votes(x)["north"]                        # what one of them says
+        >>> # print(together.explain(x[:1]))                    # one case, as a table
+        """
+        from polyfed.run.ensemble import ensemble_of  # only where one is asked for
+
+        return ensemble_of(self, members, weights)
+
+    def comparison(self, metric: str | None = None) -> Standings:
+        """Each participant on its own test rows and on everyone's, alone and after the run; their ensemble; the student.
+
+        Only a simulation can do this: it has everybody's rows. Print it, or read its `rows`.
+
+        Args:
+            metric: accuracy by default, mean absolute error for values.
+
+        Raises:
+            UsageError: the run did not read its test rows, or the metric is unknown.
+        """
+        metric = metric or ("accuracy" if self.population.problem.is_classification else "mae")
+        if metric not in self._compared:
+            from polyfed.run.student import standings_of  # only where a comparison is asked for
+
+            self._compared[metric] = standings_of(self, metric)
+        return self._compared[metric]
+
+    @cached_property
+    def _compared(self) -> dict[str, Standings]:
+        return {}
+
+    @property
+    def has_student(self) -> bool:
+        """Whether `student` is there."""
+        return "student" in self.federation.trainers and "student" in self.state.trees
+
     # ------------------------------------------------------------------------------------------ numbers
 
     @property
@@ -216,7 +280,24 @@ class Result:
             said.append(f"{name} left out of {_rounds(rounds, len(self.history))}: {rounds[last]}")
         failed = [error for name, error in self.errors.items() if name not in self.left_out]
         said += [f"{error.client} failed: {error.kind}: {error.message}" for error in failed]
-        return said + list(self.notes)
+        return said + [f"{name} {told}" for name, told in self.presence.items()] + list(self.notes)
+
+    @property
+    def presence(self) -> dict[str, str]:
+        """Client -> when it came and went, in words that follow its name; without an entry for one that was always there."""
+        found = {}
+        last = len(self.history)
+        for name, client in self.population.clients.items():
+            told = []
+            if client.joins_at > max(last, 1):
+                told.append(f"was to join at round {client.joins_at}, after the run's last")
+            elif client.joins_at > 1:
+                told.append(f"joined at round {client.joins_at}")
+            away = {number: "" for number in client.away if client.joins_at < number <= last}
+            told += [f"was away in {_rounds(away, last)}"] if away else []
+            if told:
+                found[name] = " and ".join(told)
+        return found
 
     @property
     def bytes_up(self) -> int:
@@ -274,7 +355,13 @@ class Result:
         if len(shown) < len(rows):
             ends = f"the {SHOWN_OF_MANY} lowest and the {SHOWN_OF_MANY} highest"
             notes.insert(0, f"{ends} of {len(rows)} clients; {len(rows) - len(shown)} are left out of this print")
-        return "\n".join([*text, "", *notes, *self._undefined(metric), *self._said()])
+        return "\n".join([*text, "", *notes, *self._undefined(metric), *self._of_student(), *self._said()])
+
+    def _of_student(self) -> list[str]:
+        """What the student reaches beside its teachers, where there is one and test rows were read."""
+        if not (self.has_student and self.test):
+            return []
+        return [self.comparison().sentence(), "result.comparison() tells it for each participant"]
 
     def _undefined(self, metric: str) -> list[str]:
         """Which clients' test rows leave the metric without a value, and over how many the mean is."""
@@ -328,6 +415,8 @@ class Result:
             "errors": {name: str(error) for name, error in self.errors.items()},
             "left_out": {name: {str(k): v for k, v in rounds.items()} for name, rounds in self.left_out.items()},
             "interrupted": self.interrupted,
+            "presence": self.presence,
+            "comparison": self.comparison().rows() if self.has_student and self.test else [],
             "complete": self.is_complete,
             "notes": list(self.notes),
             "versions": versions(),

@@ -139,6 +139,7 @@ class Run:
     baselines: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
+    alone: Result | None = None
 
     def interrupt(self) -> None:
         self.interrupted = True
@@ -159,6 +160,7 @@ class Run:
             self.baselines,
             notes=self.notes,
             interrupted=self.interrupted,
+            alone=self.alone,
         )
 
 
@@ -328,7 +330,10 @@ def simulate(
 def _compare(run: Run, name: str, seed: int, executor: str | Executor, workers: int | None) -> None:
     """A baseline that cannot be worked out costs a sentence, not the trained federation."""
     try:
-        run.baselines[name] = baseline(name, run.population, run.driver.coordinator.history, seed, executor, workers)
+        result = baseline(name, run.population, run.driver.coordinator.history, seed, executor, workers)
+        run.baselines[name] = {client: dict(metrics) for client, metrics in result.test.items()}
+        if name == "alone" and "student" in run.driver.coordinator.federation.trainers:
+            run.alone = result  # its models are asked about everyone's rows
     except PolyfedError as error:
         run.notes.append(f"the baseline {name!r} could not be worked out: {str(error).partition(chr(10))[0]}")
 
@@ -504,8 +509,8 @@ def baseline(
     seed: int,
     executor: str | Executor,
     workers: int | None,
-) -> dict[str, dict[str, float]]:
-    """Client -> its metrics on its test rows, trained without the federation for as many rounds.
+) -> Result:
+    """Every client trained without the federation, for as many rounds.
 
     "alone": its own rows, those that it set aside as public included. "pooled": the training rows of all clients.
     """
@@ -513,10 +518,9 @@ def baseline(
     clients = [_baseline_client(client, population, together) for client in population.clients.values()]
     nobody = WATCH.set(None)
     try:
-        result = _alone(clients, population, max(1, len(history)), seed, executor, workers)
+        return _alone(clients, population, max(1, len(history)), seed, executor, workers)
     finally:
         WATCH.reset(nobody)
-    return {client: dict(metrics) for client, metrics in result.test.items()}
 
 
 def _alone(
