@@ -8,6 +8,7 @@ to the moments of the rows it is given; a counter "buffers:base/count" counts it
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count, islice
 
 import numpy as np
 
@@ -69,16 +70,20 @@ class NumpyModel:
         self.log.append(request)
         p = {name: np.array(a) for name, a in self.state_of(request.start, rows, env).items()}
         x = rows.x.astype(self.dtype)
-        if self.statistics:
+        if self.statistics and is_under("stats:base/mean", request.part):
             p["stats:base/mean"], p["stats:base/variance"] = x.mean(0), x.var(0)
-        losses = []
-        for _ in range(self.epochs if request.epochs is None else request.epochs):
-            for batch in self.batches(len(rows), env):
-                losses.append(self.step(p, request, rows, x, batch, env))
-        if "buffers:base/count" in p:
+        losses = [self.step(p, request, rows, x, batch, env) for batch in self.plan(request, len(rows), env)]
+        if "buffers:base/count" in p and is_under("buffers:base/count", request.part):
             p["buffers:base/count"] = p["buffers:base/count"] + len(losses)
         metrics = {"loss": float(np.mean(losses))} if losses else {}
         return Fitted(Tree(p), len(losses), self.lr, metrics)
+
+    def plan(self, request, n, env):
+        """All batches of a fit: so many epochs, or so many steps over as many epochs as they take."""
+        if request.steps is None:
+            epochs = self.epochs if request.epochs is None else request.epochs
+            return [batch for _ in range(epochs) for batch in self.batches(n, env)]
+        return list(islice((batch for _ in count() for batch in self.batches(n, env)), request.steps))
 
     def batches(self, n, env):
         if self.batch_size is None:
@@ -132,13 +137,14 @@ def gradient_of(term, z, target, request, batch, p, problem):
         return value, term.weight * t * (q * teacher.sum(-1, keepdims=True) - teacher) / n, {}
     if isinstance(term, Match) or not problem.is_classification:
         wanted = request.targets["teacher"][batch] if isinstance(term, Match) else target
-        weight = term.weight if isinstance(term, Match) else 1.0
+        weight = term.weight
         gap = z - np.asarray(wanted, z.dtype).reshape(z.shape)
         return weight * float((gap * gap).mean()), weight * 2 * gap / gap.size, {}
     assert isinstance(term, Own)
     q = softmax(z)
     hot = np.eye(z.shape[1])[target]
-    return -float(np.log(q[np.arange(n), target]).mean()), (q - hot) / n, {}
+    loss = -float(np.log(q[np.arange(n), target]).mean())
+    return term.weight * loss, term.weight * (q - hot) / n, {}
 
 
 # ---------------------------------------------------------------- small federations

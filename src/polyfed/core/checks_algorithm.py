@@ -118,7 +118,7 @@ def _trainers(sites: Mapping[str, Site], one: Site, student: Model | None) -> di
 
 def addressed(env: Env, site: Site) -> Env:
     """The server's env where it makes or checks a message of one client."""
-    return replace(env, client=site.name, group=site.group)
+    return replace(env, client=site.name, group=site.group, frozen=site.frozen)
 
 
 def client_env(site: Site, seed: int, round_num: int, position: int = 0) -> Env:
@@ -225,8 +225,7 @@ def check_algorithm(
 def needs_are_met(case: Case) -> None:
     """The sites of the check offer what the algorithm needs; else the other checks would say nothing."""
     for site in case.make().values():
-        offers = site.model.offers | ({"public"} if site.public is not None else set())
-        missing = case.algorithm.needs.missing(frozenset(offers))
+        missing = case.algorithm.needs.missing(site.offers)
         assert not missing, f"{site.name} ({site.model.kind}) does not offer {', '.join(sorted(missing))}"
 
 
@@ -399,6 +398,20 @@ def _check_start(start: tuple[Tree, ...], site: Site, env: Env) -> None:
     assert np.isfinite(outputs).all(), f"{site.name} predicts values that are not finite from what start gives"
 
 
+def personalise_is_a_function(case: Case) -> None:
+    """`personalise` gives trees that make a model, the same ones the second time, and leaves its arguments alone."""
+    for rounds in (0, case.rounds):
+        played = case.play(rounds)
+        for name, site in case.make().items():
+            sent = case.algorithm.broadcast(played.state, name, case.env(rounds + 1))
+            memory, env = played.memories.get(name, Message()), client_env(site, case.seed, rounds + 1)
+            before = (sent.digest, memory.digest)
+            one, two = (drive(case.algorithm.personalise(sent, memory, env), site, env) for _ in range(2))
+            assert (sent.digest, memory.digest) == before, f"personalise of {name} changed its message or memory"
+            assert one == two, f"personalise of {name} gives another model the second time"
+            _check_start(one, site, env)
+
+
 def done_is_a_fact(case: Case) -> None:
     """`done` answers True or False, and the same each time."""
     state = case.play().state
@@ -425,6 +438,7 @@ ALGORITHM_CHECKS: Mapping[str, Check] = {
         resumes_from_data,
         manifest_comes_back,
         start_makes_a_model,
+        personalise_is_a_function,
         done_is_a_fact,
     )
 }

@@ -365,13 +365,26 @@ class Tree(Mapping[str, Array]):
 def is_under(name: str, prefixes: tuple[str, ...]) -> bool:
     """Whether an entry lies under one of the prefixes, whole path elements only; no prefix at all means every entry.
 
+    A prefix after "!" takes out what lies under it: ("!head",) is everything but the head.
+
     >>> is_under("stats:base.1/mean", ("base",)), is_under("basement.weight", ("base",))
     (True, False)
+    >>> is_under("head.weight", ("!head",)), is_under("base.0.weight", ("!head",)), is_under("head.bias", ())
+    (False, True, True)
     """
+    if not prefixes:
+        return True
     local = name.partition(":")[2] if part_of(name) != "params" else name
-    return not prefixes or any(
-        local == p or (local.startswith(p) and (p[-1] in "./" or local[len(p)] in "./")) for p in prefixes if p
-    )
+    wanted = [_covers(prefix, local) for prefix in prefixes if not prefix.startswith("!")]
+    dropped = any(_covers(prefix[1:], local) for prefix in prefixes if prefix.startswith("!"))
+    return not dropped and (any(wanted) or not wanted)
+
+
+def _covers(prefix: str, local: str) -> bool:
+    """Whether a path begins with another, in whole elements; the empty one begins none."""
+    if not prefix or not local.startswith(prefix):
+        return False
+    return len(local) == len(prefix) or prefix[-1] in "./" or local[len(prefix)] in "./"
 
 
 def _dot(a: Array, b: Array) -> float:

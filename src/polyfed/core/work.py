@@ -15,7 +15,7 @@ from polyfed.core.errors import ClientError, PolyfedError, UsageError
 from polyfed.core.message import Memory, Message
 from polyfed.core.protocols import Job, Reply, Site
 from polyfed.core.rows import Rows
-from polyfed.core.tree import Tree, is_under
+from polyfed.core.tree import Tree, is_under, part_of
 
 Result = TypeVar("Result")
 LAST_LINES = 12
@@ -67,7 +67,8 @@ def evaluate(
     numbers |= scores(site, personal(algorithm, message, memory, site, env), rows, env)
     shared = algorithm.start(message, Message())
     covered = {name for tree in shared for name in tree}
-    if shared and (own := memory.trees.get("own")) is not None and covered.issuperset(own):
+    own = {name for name in memory.trees.get("own", ()) if part_of(name) != "buffers"}
+    if own and covered >= own:
         numbers |= {f"shared/{name}": value for name, value in scores(site, shared, rows, env).items()}
     return Message(numbers=numbers)
 

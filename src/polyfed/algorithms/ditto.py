@@ -1,0 +1,56 @@
+"""FedAvg, and beside it a model of each client's own that is pulled towards the shared one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+from polyfed.algorithms.personal import Personal, check_pull
+from polyfed.core.algorithm import Fit, Fitted
+from polyfed.core.errors import UsageError
+from polyfed.core.message import Memory, Message
+from polyfed.core.terms import Near, Own
+
+
+@dataclass(frozen=True)
+class Ditto(Personal):
+    """The shared model is FedAvg's; client i also trains vᵢ on Fᵢ(v) + λ/2 ‖v − θ‖², θ being what was sent.
+
+    Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021, algorithm 1:
+    vᵢ ← vᵢ − η (∇Fᵢ(vᵢ) + λ (vᵢ − θ)). A client that is new starts its vᵢ at θ.
+
+    λ = 0 asks for no term: vᵢ is then `Local`'s model bit for bit, and θ is FedAvg's at any λ. The larger λ, the nearer
+    to θ. Statistics and buffers of vᵢ are its own; the distance is over shared parameters.
+
+    Wire: as FedAvg. Memory: see `Personal`. Needs a model that takes loss terms.
+    Invariants: 9 (λ = 0 is local, λ → ∞ global), 36, and FedAvg's 16, 18-20, 26, 28, 52, 59.
+
+    Trap: two trainings a round. λ times the learning rate must stay below 2, or v leaps away (checked for plain SGD).
+
+    Attributes:
+        lam: λ ≥ 0; the paper chooses from 0.05 to 2.
+        personal_epochs: of vᵢ; None is the client's own setting, as for the shared model.
+
+    >>> Ditto(lam=1.0)
+    Ditto(shared=(), weighting='num_examples', lam=1.0, personal_epochs=None)
+    """
+
+    lam: float = 0.1
+    personal_epochs: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.lam < math.inf:
+            raise UsageError(f"lam={self.lam!r} must be a number of at least 0; 0.1 is a usual value")
+        if self.personal_epochs is not None and self.personal_epochs < 1:
+            raise UsageError(f"personal_epochs={self.personal_epochs} must be at least 1")
+
+    def personal(self, message: Message, memory: Memory, fitted: Fitted) -> Generator[Any, Any, Message]:
+        check_pull(self.name, self.lam, fitted.lr)
+        terms = (Own(), Near(self.lam)) if self.lam else (Own(),)
+        tensors = {"anchor": message.trees["params"]} if self.lam else {}
+        start = self.start(message, memory)
+        trained: Fitted = yield Fit(start=start, terms=terms, tensors=tensors, epochs=self.personal_epochs)
+        return Message(trees={"own": trained.state})
