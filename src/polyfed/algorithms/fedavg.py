@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from polyfed.core.aggregate import Aggregate, moments_of, moments_spec, stats_of
 from polyfed.core.algorithm import Algorithm, ClientUpdate, Env, Fit, Fitted
 from polyfed.core.errors import SpecError, UsageError
@@ -30,6 +32,9 @@ class FedAvg(Algorithm):
         everything not under `shared`: kept in the client's memory ("own"), statistics included.
         buffers (counters, what an optimizer remembers), shared or not: never sent, kept in the client's memory, so
             that they go on where they were. A fully shared model without buffers needs no memory at all.
+
+    What a client keeps frozen (``pf.Client(freeze=)``) weighs nothing: beside its step it sends counts ("params#",
+    "stats#"), 0 for each frozen entry, so that a base that it never trains does not hold the others' back.
 
     Wire: down "params" (θ) and "stats"; up the same names and shapes ("stats" as float64 moments), with numbers ``num_examples`` (training rows),
     ``steps`` and, where the model reports one, ``loss`` (mean training loss).
@@ -86,6 +91,8 @@ class FedAvg(Algorithm):
         trees = {"params": state.only(sent["params"]).in_order_of(sent["params"].spec) - sent["params"]}
         if "stats" in sent:
             trees["stats"] = moments_of(state.only(sent["stats"]).in_order_of(sent["stats"].spec), sent["stats"])
+        if env.frozen:
+            trees |= {f"{name}#": _counts(tree.spec, env.frozen) for name, tree in trees.items()}
         return Message(trees=trees, numbers=numbers_of(fitted, env))
 
     def remember(self, memory: Memory, fitted: Fitted) -> Memory:
@@ -95,8 +102,11 @@ class FedAvg(Algorithm):
         return memory.put(trees={"own": fitted.state.only(own)}) if own else memory
 
     def expects(self, sent: Message, env: Env) -> Mapping[str, Spec]:
-        del env
-        return {name: moments_spec(tree.spec) if name == "stats" else tree.spec for name, tree in sent.trees.items()}
+        trees = {name: moments_spec(tree.spec) if name == "stats" else tree.spec for name, tree in sent.trees.items()}
+        if env.frozen:
+            counted = [name for name in ("params", "stats") if name in trees]
+            trees |= {f"{name}#": _counts(trees[name], env.frozen).spec for name in counted}
+        return trees
 
     def weight(self, numbers: Mapping[str, float], lag: int, tree: str) -> float:
         del lag, tree
@@ -106,9 +116,10 @@ class FedAvg(Algorithm):
         del env
         if not aggregate.clients:
             return state
-        trees = self.step(state, aggregate.mean("params"))
+        trees = self.step(state, _moved(aggregate.mean("params"), state.trees["params"]))
         if "stats" in state.trees:
-            trees["stats"] = stats_of(aggregate.mean("stats"), state.trees["stats"])
+            start, moments = state.trees["stats"], aggregate.mean("stats")
+            trees["stats"] = start.overlay(stats_of(moments, start.only(moments)))
         return state.put(trees=trees)
 
     def step(self, state: State, update: Tree) -> dict[str, Tree]:
@@ -120,6 +131,16 @@ def numbers_of(fitted: Fitted, env: Env) -> dict[str, float]:
     """What a client says of its training: ``num_examples``, ``steps``, and ``loss`` where the model reports one."""
     numbers = {"num_examples": float(env.num_examples), "steps": float(fitted.steps)}
     return numbers | ({"loss": float(fitted.metrics["loss"])} if "loss" in fitted.metrics else {})
+
+
+def _counts(spec: Spec, frozen: tuple[str, ...]) -> Tree:
+    """Of each entry, whether a client's value of it counts: 0 for what it keeps frozen, 1 for the rest."""
+    return Tree({name: np.float32(not is_under(name, frozen)) for name in spec})
+
+
+def _moved(update: Tree, params: Tree) -> Tree:
+    """A mean update, with no step for the entries that all clients of the round keep frozen."""
+    return update if len(update) == len(params) else Tree.zeros(params.spec).overlay(update)
 
 
 def _shared_start(algorithm: FedAvg, env: Env) -> dict[str, Tree]:

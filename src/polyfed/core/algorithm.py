@@ -144,6 +144,7 @@ class Env:
         train, validation, test: the client's own rows; None at the server. `test` is None but in the one task at the
             end of a run that reads it.
         group: name of the client's architecture group; clients of one group may average all of their parameters.
+        frozen: prefixes of what the client never trains; what it sends of them weighs nothing.
         first: at the server, the state to start from for each group; at a client, empty.
         trainers: at the server, models that it trains or asks by itself, their rows being the public ones: by group where
             the algorithm has `trains_groups`, and "student" where it has one. At a client, empty. See `work.ask`.
@@ -162,6 +163,7 @@ class Env:
     validation: Rows | None = None
     test: Rows | None = None
     group: str = ""
+    frozen: tuple[str, ...] = ()
     first: Mapping[str, Tree] = field(default_factory=dict)
     trainers: Mapping[str, Site] = field(default_factory=dict)
     draw: int = 0

@@ -57,6 +57,7 @@ class Federation:
     Attributes:
         first: for each group of clients of one architecture, the state to start from.
         groups: client -> its group.
+        frozen: client -> prefixes of what it never trains; without an entry where that is nothing.
         trainers: what the server can train by itself: see `Env.trainers`.
         policy: what the server accepts of one client.
     """
@@ -67,6 +68,7 @@ class Federation:
     stop: Stop = field(default_factory=lambda: Rounds(1))
     first: Mapping[str, Tree] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
+    frozen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     public: Rows | None = None
     trainers: Mapping[str, Site] = field(default_factory=dict)
     policy: UpdatePolicy = DEFAULT_POLICY
@@ -82,6 +84,7 @@ class Federation:
             population=population,
             public=self.public,
             group=self.groups.get(client, ""),
+            frozen=self.frozen.get(client, ()),
             first=self.first,
             trainers=self.trainers,
         )

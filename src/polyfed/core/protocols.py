@@ -58,6 +58,7 @@ class Site:
         consents: what this client agrees to besides the usual, as words of `Needs`: "personal".
         begins: the memory that it has before its first task, such as the model of an earlier run; empty by default.
         trains: names of the parameters that may move; () is all of them. The others stay frozen whatever is asked.
+        frozen: prefixes of the others.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Site:
     consents: frozenset[str] = frozenset()
     begins: Memory = field(default_factory=Message)
     trains: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     @property
     def offers(self) -> frozenset[str]:
@@ -87,6 +89,7 @@ class Site:
             number=task.number,
             public=self.public,
             group=self.group,
+            frozen=self.frozen,
             train=self.train,
             validation=self.validation,
             test=self.test if task.part == "test" else None,
