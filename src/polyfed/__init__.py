@@ -37,6 +37,7 @@ _HOME = {
     "FedAdam": "polyfed.algorithms",
     "FedAvg": "polyfed.algorithms",
     "FedAvgM": "polyfed.algorithms",
+    "FedDF": "polyfed.algorithms",
     "FedMD": "polyfed.algorithms",
     "FedProx": "polyfed.algorithms",
     "FedYogi": "polyfed.algorithms",
@@ -71,6 +72,7 @@ _MODULES = {
     "data": "polyfed.data",
     "datasets": "polyfed.data.datasets",
     "errors": "polyfed.core.errors",
+    "losses": "polyfed.models.losses",
 }
 
 __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605  # a list, made from the table above
@@ -125,6 +127,7 @@ if TYPE_CHECKING:
     from polyfed.algorithms import FedAdam as FedAdam
     from polyfed.algorithms import FedAvg as FedAvg
     from polyfed.algorithms import FedAvgM as FedAvgM
+    from polyfed.algorithms import FedDF as FedDF
     from polyfed.algorithms import FedMD as FedMD
     from polyfed.algorithms import FedProx as FedProx
     from polyfed.algorithms import FedYogi as FedYogi
@@ -150,6 +153,7 @@ if TYPE_CHECKING:
     from polyfed.data import Split as Split
     from polyfed.data import datasets as datasets
     from polyfed.data import tabular as tabular
+    from polyfed.models import losses as losses
     from polyfed.models.keras import keras as keras
     from polyfed.models.sklearn import sklearn as sklearn
     from polyfed.models.torch import torch as torch

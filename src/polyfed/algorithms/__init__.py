@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from polyfed.algorithms.distill import Distill
 from polyfed.algorithms.fedavg import FedAvg
+from polyfed.algorithms.feddf import FedDF
 from polyfed.algorithms.fedmd import FedMD
 from polyfed.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from polyfed.algorithms.fedprox import FedProx
@@ -15,7 +16,22 @@ from polyfed.core.algorithm import Algorithm
 
 #: Every built-in algorithm by name. A site adds its own to a copy: ``{**REGISTRY, "Mine": Mine}``.
 REGISTRY: Mapping[str, type[Algorithm]] = MappingProxyType(
-    {kind.__name__: kind for kind in (Distill, FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMD, FedProx, FedYogi, Local)}
+    {
+        kind.__name__: kind
+        for kind in (Distill, FedAdagrad, FedAdam, FedAvg, FedAvgM, FedDF, FedMD, FedProx, FedYogi, Local)
+    }
 )
 
-__all__ = ["REGISTRY", "Distill", "FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedMD", "FedProx", "FedYogi", "Local"]
+__all__ = [
+    "REGISTRY",
+    "Distill",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedDF",
+    "FedMD",
+    "FedProx",
+    "FedYogi",
+    "Local",
+]

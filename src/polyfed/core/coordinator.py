@@ -286,9 +286,8 @@ class Coordinator:
     def _limits(self, version: int) -> Mapping[str, float]:
         """How far the parameters of a version may be moved by one update; worked out once for each version."""
         if self._steps[0] != version:
-            params = self._versions[version].trees.get("params")
-            limits = {} if params is None else {"params": largest_step(params, self.federation.policy)}
-            self._steps = (version, limits)
+            shared, policy = _params(self._versions[version]), self.federation.policy
+            self._steps = (version, {name: largest_step(tree, policy) for name, tree in shared.items()})
         return self._steps[1]
 
     def message_for(self, task: Task) -> Message:
@@ -423,10 +422,16 @@ class Coordinator:
 
 def _norms(before: State, after: State) -> tuple[float, float]:
     """Length of the step of the parameters that are shared, and of themselves; zeros where none are."""
-    params, had = after.trees.get("params"), before.trees.get("params")
-    if params is None or had is None or params.spec != had.spec:
+    found, had = _params(after), _params(before)
+    if not found or {n: tree.spec for n, tree in found.items()} != {n: tree.spec for n, tree in had.items()}:
         return 0.0, 0.0
-    return (params - had).norm(), params.norm()
+    steps = [(tree - had[name]).norm() for name, tree in found.items()]
+    return math.hypot(*steps), math.hypot(*(tree.norm() for tree in found.values()))
+
+
+def _params(state: State) -> dict[str, Tree]:
+    """The parameters that a state shares: "params", or "params:<group>" of each group."""
+    return {name: tree for name, tree in state.trees.items() if name.partition(":")[0] == "params"}
 
 
 #: Our own blobs are checked by their digests; they may be larger than what a stranger may send.

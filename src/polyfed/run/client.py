@@ -421,20 +421,24 @@ def _first(algorithm: Algorithm, sites: Mapping[str, Site], seed: int) -> tuple[
 def trainers_of(algorithm: Algorithm, population: Population, *, seed: int) -> dict[str, Site]:
     """What a server trains by itself over the public rows, which it reads through the algorithm's own ``preprocess=``.
 
-    "student" where the algorithm has one; and where it has `trains_groups`, each group's architecture.
+    "student" where the algorithm has one; and where it has `trains_groups`, each group's architecture: the one of its
+    ``models=`` that fits, or else the first client's own model.
 
     Raises:
         UsageError: there are no public rows to train on, or a student that is no model.
     """
     student = getattr(algorithm, "student", None)
     models = {"student": student} if student is not None else {}
-    if algorithm.trains_groups:
-        for site in population.sites.values():
-            models.setdefault(site.group, site.model)
-    if not models:
+    if not models and not algorithm.trains_groups:
         return {}
     if population.public is None:
         raise UsageError(f"{algorithm.name} trains at the server, on public rows: give public=rows")
+    if algorithm.trains_groups:
+        from polyfed.run.trainers import matched  # it imports this module
+
+        models |= matched(algorithm, population.first, population.public, population.problem, seed=seed)
+        for site in population.sites.values():
+            models.setdefault(site.group, site.model)
     return public_sites(models, algorithm, population.public, population.problem, seed=seed)
 
 

@@ -26,14 +26,16 @@ from polyfed.core.events import Action, Event
 from polyfed.core.history import RoundLog
 from polyfed.core.manifest import Manifest, from_values, manifest_of
 from polyfed.core.message import Message, State
-from polyfed.core.protocols import Model
+from polyfed.core.protocols import Model, Site
 from polyfed.core.round import Rules
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.schedule import Schedule, Sync
 from polyfed.core.stop import Rounds, Stop
 from polyfed.core.tree import Array, Tree
+from polyfed.data import Raw
 from polyfed.network.forms import Enrolment, Recalled
 from polyfed.network.limits import DEFAULT, NetworkLimits
+from polyfed.run.trainers import trainers_at_server
 from polyfed.storage.blobs import FileBlobs
 from polyfed.storage.journal import FileJournal
 
@@ -108,8 +110,8 @@ class Host:
     def agree(self, enrolments: Mapping[str, Enrolment]) -> tuple[Manifest, Message | None]:
         if self.problem is None:
             self.problem = agreed_problem(enrolments, task=self.task, classes=self.classes)
-        public = getattr(self.algorithm, "public", None)
-        rows = None if public is None else tables.to_message(tables.read("public", public, labelled=False).unlabelled())
+        public = self._public()
+        rows = None if public is None else tables.to_message(public)
         return Manifest.of(self.algorithm, self.problem, seed=self.rules.seed, rounds=self.limit), rows
 
     def assemble(
@@ -125,6 +127,7 @@ class Host:
             stop=self.stop,
             first=starts,
             groups=groups,
+            trainers=self._trainers(enrolments, groups, starts),
             policy=self.policy,
         )
         if self.folder is None:
@@ -134,6 +137,18 @@ class Host:
         if journal.read():
             return Coordinator.resume(federation, journal, blobs)
         return Coordinator(federation, journal=journal, blobs=blobs)
+
+    def _trainers(
+        self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
+    ) -> dict[str, Site]:
+        assert self.problem is not None
+        learners = {groups[name]: name for name, enrolment in enrolments.items() if "terms" in enrolment.offers}
+        return trainers_at_server(self.algorithm, first, learners, self._public(), self.problem, seed=self.rules.seed)
+
+    def _public(self) -> Raw | None:
+        """The public rows, raw, if the job gives them."""
+        public = getattr(self.algorithm, "public", None)
+        return None if public is None else tables.read("public", public, labelled=False).unlabelled()
 
     def _write_down(
         self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]

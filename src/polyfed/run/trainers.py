@@ -1,0 +1,76 @@
+"""What a server trains by itself, over the public rows: a student, or a model of each group of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from polyfed.core.algorithm import Algorithm
+from polyfed.core.errors import UsageError
+from polyfed.core.protocols import Model, Site
+from polyfed.core.rows import Problem
+from polyfed.core.tree import Spec, Tree, part_of
+from polyfed.data import Raw
+from polyfed.run.client import first_env, public_sites
+
+
+def matched(
+    algorithm: Algorithm, first: Mapping[str, Tree], public: Raw, problem: Problem, *, seed: int
+) -> dict[str, Model]:
+    """Group -> the model of the algorithm's ``models=`` whose parameters and statistics have its names and shapes.
+
+    Raises:
+        UsageError: one of `models` is no model, or fits no group.
+    """
+    given = getattr(algorithm, "models", ())
+    given = {f"models[{i}]": model for i, model in enumerate([given] if isinstance(given, Model) else given)}
+    found: dict[str, Model] = {}
+    for name, site in public_sites(given, algorithm, public, problem, seed=seed).items() if given else ():
+        spec = _trained(site.model.first(site.train, first_env(site, seed)))
+        fits = [group for group, tree in first.items() if _trained(tree) == spec]
+        if not fits:
+            group, tree = next(iter(first.items()))
+            raise UsageError(
+                f"{algorithm.name}: {name} ({site.model.kind}) fits no group of clients: {group}: "
+                f"{spec.difference(_trained(tree))}"
+            )
+        for group in fits:
+            found.setdefault(group, site.model)
+    return found
+
+
+def _trained(state: Tree) -> Spec:
+    """Without buffers, which belong to an optimizer: the server's may be another one."""
+    return state.only([name for name in state if part_of(name) != "buffers"]).spec
+
+
+def trainers_at_server(
+    algorithm: Algorithm,
+    first: Mapping[str, Tree],
+    learners: Mapping[str, str],
+    public: Raw | None,
+    problem: Problem,
+    *,
+    seed: int,
+) -> dict[str, Site]:
+    """As `client.trainers_of`, at a server over the network, which has no client's model.
+
+    `first` is each group's first state, `learners` names one client of each group whose models learn by gradient.
+
+    Raises:
+        UsageError: there are no public rows, or a group that learns has no model in ``models=``.
+    """
+    student = getattr(algorithm, "student", None)
+    if student is None and not algorithm.trains_groups:
+        return {}
+    if public is None:
+        raise UsageError(f"{algorithm.name} trains at the server, on public rows: give public=rows")
+    models = {} if student is None else {"student": student}
+    if algorithm.trains_groups:
+        models |= matched(algorithm, first, public, problem, seed=seed)
+        for group, client in learners.items():
+            if group not in models:
+                raise UsageError(
+                    f"{algorithm.name} trains a model like {client}'s ({group}) and a server over the network has none: "
+                    f"give {algorithm.name}(models=[...]) with one of its architecture"
+                )
+    return public_sites(models, algorithm, public, problem, seed=seed) if models else {}
