@@ -195,7 +195,8 @@ class SklearnModel:
         Raises:
             UsageError: the state was never trained.
         """
-        env = env if env.train is not None else replace(env, train=rows)
+        if env.train is None and rows.target is not None:
+            env = replace(env, train=rows)
         names = _names(env.problem)
         made = self._family.build(self.estimator, state, env, self._settings, names)
         if made is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import is_classifier
+from sklearn.dummy import DummyClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import has_fit_parameter
 
@@ -17,16 +18,21 @@ from polyfed.core.rows import Rows
 from polyfed.core.tree import Array, Tree
 from polyfed.models.sklearn_estimator import Estimator, Settings, alone, first_stream, prepared
 from polyfed.models.sklearn_rows import Batch, Lesson, joined, labelled, matrix, softened, with_own
+from polyfed.models.sklearn_statistics import ABSENT
 
-UNSEEN = 1e-3  # weight of the one row that stands for a class which a client has never seen
 COUNT = "buffers:rows_seen"
 
 
 class Logistic:
     """`LogisticRegression`: a whole fit from the start's coefficients; rows with soft labels join the client's own.
 
-    A class that this client has never seen gets one row, the mean of all rows, of weight 1e-3: its coefficients then
-    have a finite optimum, and the mean of many clients' states is about the same classes in the same order.
+    A fit is among the classes that its rows have; coefficients of the others stay where they start, as in FedRS with
+    α = 0 (Li and Zhan, "Restricted Softmax for Label Distribution Non-IID Data", KDD 2021). Otherwise each client would
+    push down the classes that it has never seen, as far as its rows allow. On 600 digits at three sites of some four
+    classes each, the mean of three such fits finds 0.20 of the classes, this one's 0.83.
+
+    The state also holds the share of the rows that each class has ("class"): a class that no client has stands at the
+    floor of the predictions.
     """
 
     offers = frozenset({"params", "predict", "distill"})
@@ -34,25 +40,58 @@ class Logistic:
 
     def first(self, estimator: Estimator, rows: Rows, env: Env) -> Tree:
         del estimator
-        return _linear(matrix(rows).shape[1], env)
+        return Tree({**_linear(matrix(rows).shape[1], env), "class": np.zeros(env.problem.outputs)})
 
     def fit(self, estimator: Estimator, start: Tree, lesson: Lesson, env: Env, settings: Settings) -> tuple[Tree, int]:
-        batches = with_own(lesson, env, settings.soft_copies)
-        batch = _with_all_classes(joined(batches), env.problem.outputs)
+        batch = joined(with_own(lesson, env, settings.soft_copies))
+        share = np.bincount(batch.y, batch.weight, env.problem.outputs) / batch.weight.sum()
+        seen = np.flatnonzero(share)
+        if len(seen) == 1:
+            return start.overlay(Tree({"class": share})), 0
         made = prepared(estimator, env.integer("estimator")).set_params(warm_start=True)
-        made.coef_, made.intercept_ = start["coef"].copy(), start["intercept"].copy()
+        made.coef_, made.intercept_ = among(start["coef"], seen), among(start["intercept"], seen)
         weight = None if (batch.weight == 1).all() else batch.weight
         with alone(env.integer("global")), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is a local budget here, not a mistake
             made.fit(batch.x, batch.y, sample_weight=weight)
-        intercept = np.broadcast_to(np.asarray(made.intercept_, np.float64), start["intercept"].shape)
-        return Tree({"coef": made.coef_, "intercept": intercept}), int(np.max(made.n_iter_))
+        intercept = np.broadcast_to(np.asarray(made.intercept_, np.float64), len(made.coef_))
+        found = {
+            "coef": _put(start["coef"], seen, made.coef_),
+            "intercept": _put(start["intercept"], seen, intercept),
+            "class": share,
+        }
+        return Tree(found), int(np.max(made.n_iter_))
 
     def build(
         self, estimator: Estimator, state: Tree, env: Env, settings: Settings, names: Array | None = None
     ) -> Estimator | None:
-        del settings
-        return _with_linear(prepared(estimator, 0), state, env, names)
+        del env, settings
+        seen = np.flatnonzero(state["class"] > ABSENT)
+        if not len(seen):
+            return None
+        classes, width = seen if names is None else names[seen], state["coef"].shape[1]
+        if len(seen) == 1:
+            return DummyClassifier(strategy="prior").fit(np.zeros((1, width)), classes)
+        made = prepared(estimator, 0)
+        made.coef_, made.intercept_ = among(state["coef"], seen), among(state["intercept"], seen)
+        made.n_features_in_, made.classes_ = width, classes
+        return made
+
+
+def among(rows: Array, seen: Array) -> Array:
+    """A copy of the classes' own rows of coefficients in scikit-learn's form: of two classes, their difference."""
+    if len(rows) == 1 or len(seen) > 2:
+        return rows.copy() if len(rows) == 1 else rows[seen]
+    return np.asarray(rows[seen[1:]] - rows[seen[:1]])
+
+
+def _put(rows: Array, seen: Array, fitted: Array) -> Array:
+    """The inverse: of two classes among more, their mean stays where it was."""
+    if len(rows) == 1:
+        return fitted
+    made = rows.copy()
+    made[seen] = rows[seen].mean(axis=0) + np.concatenate([-fitted, fitted]) / 2 if len(seen) == 2 else fitted
+    return made
 
 
 class Descent:
@@ -174,14 +213,6 @@ def _taught(lesson: Lesson, env: Env, settings: Settings, *, weighted: bool = Tr
     batches = [] if lesson.labelled is None else [labelled(lesson.labelled, env.problem)]
     batches += [softened(soft, env.problem, settings.soft_copies, weighted=weighted) for soft in lesson.soft]
     return joined(batches)
-
-
-def _with_all_classes(batch: Batch, outputs: int) -> Batch:
-    missing = np.setdiff1d(np.arange(outputs), batch.y)
-    if not len(missing):
-        return batch
-    mean = np.broadcast_to(batch.x.mean(axis=0), (len(missing), batch.x.shape[1]))
-    return joined([batch, Batch(mean, missing, np.full(len(missing), UNSEEN))])
 
 
 def _linear(width: int, env: Env) -> Tree:
