@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from polyfed import data as tables
+from polyfed.algorithms.fedper import HEAD
 from polyfed.core.algorithm import Algorithm, Env
 from polyfed.core.errors import DataError, MissingExtraError, NeedsError, PolyfedError, SpecError, UsageError
-from polyfed.core.message import Memory, Message
+from polyfed.core.message import Memory, Message, State
 from polyfed.core.protocols import Model, Site
 from polyfed.core.rows import Problem
 from polyfed.core.tree import Array, Tree, is_under
@@ -47,10 +48,14 @@ class Client:
             only ``feedback=`` asks for; "overlap" says that its validation and test rows may equal public rows, because
             equal rows are different cases here (`polyfed.data.overlap`).
         joins_at: the round from which it takes part, from 1: before it, nobody asks it and nothing of it is evaluated.
-        away: rounds in which it does not take part; its memory waits for it.
-        start: what its model starts from: what `pf.load` or a run returned, or a `Tree` of entries. Entries of the same
-            name and shape are taken; the rest starts as usual. What the algorithm shares comes from the server.
-        freeze: prefixes of parameters that this client never trains ("base"), whatever an algorithm asks.
+        away: rounds in which it does not take part; its memory waits for it. Who is away when a run ends is not asked
+            about its test rows.
+        start: what its model starts from: what `pf.load` or a run returned, or a `Tree` of entries. Of a run, its
+            shared part must fit the model as a whole; a default head, and what a client of this name kept, come along
+            where they fit. Of a tree, entries of the same name and shape are taken. The rest starts as usual, and what
+            an algorithm shares comes from the server.
+        freeze: prefixes of parameters that this client never trains ("base"), whatever an algorithm asks. What it sends
+            of them does not count in any mean.
     """
 
     name: str
@@ -86,8 +91,9 @@ class Client:
             )
         if unknown := [word for word in self.consents if word not in CONSENTS]:
             raise UsageError(f"{self.name}: consents={unknown[0]!r} is unknown; there is {', '.join(CONSENTS)}")
-        if self.joins_at < 1:
-            raise UsageError(f"{self.name}: joins_at={self.joins_at!r} is no round; rounds count from 1")
+        for name, number in (("joins_at", self.joins_at), *(("away", number) for number in self.away)):
+            if type(number) is not int or number < 1:
+                raise UsageError(f"{self.name}: {name}={number!r} is no round; rounds are whole numbers from 1")
 
     def is_present(self, round_num: int) -> bool:
         """Whether it takes part in a round."""
@@ -301,20 +307,38 @@ def site_of(client: Client, prepared: Prepared, problem: Problem, group: str, se
         return site
     with naming(client.name):
         first = site.model.first(site.train, first_env(site, seed))
-    return replace(site, begins=_begins(client, first), trains=_trains(client, first))
+    return replace(site, begins=_begins(client, first), trains=_trains(client, first), frozen=tuple(client.freeze))
 
 
 def _begins(client: Client, first: Tree) -> Memory:
     """The memory before the first task: those entries of ``start=`` that fit the model."""
     if client.start is None:
         return Message()
-    given = start_of(client.start, f"{client.name}: start=", client.name)
-    fits = {name for name in given if first.spec.get(name) == given.spec[name]}
-    if not fits:
+    offered = [client.start] if isinstance(client.start, Tree) else _offered(client, first)
+    found: dict[str, Array] = {}
+    for tree in offered:
+        found |= {name: array for name, array in tree.items() if first.spec.get(name) == tree.spec[name]}
+    if not found:
+        said = offered[0].spec.difference(first.spec)
+        raise SpecError(f"{client.name}: nothing of start= fits its model ({client.model.kind}): {said}")
+    return Message({"own": Tree(found)})
+
+
+def _offered(client: Client, first: Tree) -> list[Tree]:
+    """What a run left for a client, each over the ones before: default heads, what it kept, and what is shared."""
+    where = f"{client.name}: start="
+    state = _state_of(client.start, where)
+    memories: Mapping[str, Memory] = getattr(client.start, "memories", {})
+    kept = memories.get(client.name, Message()).trees.get("own", Tree())
+    shared = _shared_of(state) if kept else start_of(client.start, where)
+    if wrong := [name for name in shared if first.spec.get(name) != shared.spec[name]]:
+        said = shared.only(wrong).spec.difference(first.only(wrong).spec)
         raise SpecError(
-            f"{client.name}: nothing of start= fits its model ({client.model.kind}): {given.spec.difference(first.spec)}"
+            f"{client.name}: what start= shares does not fit its model ({client.model.kind}): {said}; "
+            "give a Tree of the entries that are to be taken, such as pf.load(DIR).state.trees['params'].under(['base'])"
         )
-    return Message({"own": given.only(fits)})
+    heads = [tree for name, tree in state.trees.items() if name.startswith(HEAD)]
+    return [*(head for head in heads if not head.spec.keys() - first.spec.keys()), kept, shared]
 
 
 def _trains(client: Client, first: Tree) -> tuple[str, ...]:
@@ -331,25 +355,25 @@ def _trains(client: Client, first: Tree) -> tuple[str, ...]:
     return free
 
 
-def start_of(given: Any, where: str, name: str = "") -> Tree:
-    """The entries of a model out of a tree, a server's state, or what has one: a result, saved or not.
-
-    Of a result it is the shared part, over what its client called `name` kept, if there was one.
-    """
+def start_of(given: Any, where: str) -> Tree:
+    """The entries of a model out of a tree, or the shared ones of a server's state or what has one: a result, saved or not."""
     if isinstance(given, Tree):
         return given
-    memories: Mapping[str, Memory] = getattr(given, "memories", {})
-    own = memories.get(name, Message()).trees.get("own", Tree())
+    if not (found := _shared_of(_state_of(given, where))):
+        raise UsageError(f"{where} holds no shared parameters to start from (its algorithm averaged none)")
+    return found
+
+
+def _state_of(given: Any, where: str) -> State:
     state = given if isinstance(given, Message) else getattr(given, "state", None)
     if not isinstance(state, Message):
         raise UsageError(f"{where} is a {type(given).__name__}; give what pf.load(DIR) returns, a result, or a Tree")
-    # A server optimizer's moments have the names of the parameters: only these trees are a model's.
-    found = dict(own.items())
-    for part in ("params", "stats"):
-        found |= dict(state.trees.get(part, Tree()).items())
-    if not found:
-        raise UsageError(f"{where} holds no shared parameters to start from (its algorithm averaged none)")
-    return Tree(found)
+    return state
+
+
+def _shared_of(state: State) -> Tree:
+    """A server optimizer's moments have the names of the parameters: only these trees are a model's."""
+    return Tree({name: array for part in ("params", "stats") for name, array in state.trees.get(part, Tree()).items()})
 
 
 def _groups(clients: Mapping[str, Client]) -> dict[str, str]:

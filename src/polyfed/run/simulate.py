@@ -158,10 +158,21 @@ class Run:
             self.population,
             self.driver,
             self.baselines,
-            notes=self.notes,
+            notes=[*self.notes, *self._absent()],
             interrupted=self.interrupted,
             alone=self.alone,
         )
+
+    def _absent(self) -> Iterator[str]:
+        """A sentence for each client that was not there when the run ended: nobody asked it about its test rows."""
+        state = self.driver.coordinator.state
+        for name, client in self.population.clients.items():
+            if name in state.population or client.is_present(state.round_num):
+                continue
+            if client.joins_at > state.round_num:
+                yield f"{name} never took part: it joins at round {client.joins_at}, the run had {state.round_num}"
+            else:
+                yield f"{name} was away when the run ended, in round {state.round_num}: its test rows were not read"
 
 
 def open_rounds(
@@ -191,6 +202,7 @@ def open_rounds(
     population = populate(algorithm, clients, seed=seed, task=task)
     rule.check(list(population.sites), evaluates=evaluate_every > 0)
     plan = _schedule(schedule, cohort_size, population)
+    _somebody_is_there(population, plan, rounds)
     federation = Federation(
         algorithm=algorithm,
         problem=population.problem,
@@ -198,6 +210,7 @@ def open_rounds(
         stop=rule,
         first=population.first,
         groups=population.groups,
+        frozen={name: site.frozen for name, site in population.sites.items() if site.frozen},
         public=next(iter(population.sites.values())).public,
         trainers=trainers_of(algorithm, population, seed=seed),
         policy=policy,
@@ -278,8 +291,8 @@ def simulate(
         policy: what the server accepts of one client.
         checkpoint: a folder; a run that was killed goes on there, with the same bits, when called again.
         task: "classification" or "regression", where the targets leave it open.
-        baselines: "alone" (each client by itself, as many rounds, on all of its rows, those it set aside as public
-            included) and "pooled" (each client's model on everybody's rows, which a real federation could not do).
+        baselines: "alone" (each client by itself, in as many rounds as it takes part, on all of its rows, those it set
+            aside as public included) and "pooled" (each client's model on everybody's rows, which a real federation could not do).
             None is "alone" for up to 20 clients.
         watch: somebody who looks on; "live" draws a table in the terminal, a line a round where there is none.
 
@@ -392,6 +405,25 @@ def _can_be_met(schedule: Schedule, clients: int) -> None:
         )
 
 
+def _somebody_is_there(population: Population, schedule: Schedule, rounds: int | None) -> None:
+    """A round for which too few are there could never be done. Who is there changes in these rounds alone."""
+    clients = population.clients.values()
+    changes = {
+        1,
+        *(c.joins_at for c in clients),
+        *(number + more for c in clients for number in c.away for more in (0, 1)),
+    }
+    needed = 1 if schedule.max_lag else schedule.minimum
+    for number in sorted(n for n in changes if rounds is None or n <= rounds):
+        absent = [client for client in clients if not client.is_present(number)]
+        if len(clients) - len(absent) < needed:
+            said = [f"{c.name} is away" if c.joins_at <= number else f"{c.name} joins at {c.joins_at}" for c in absent]
+            raise UsageError(
+                f"round {number} needs {needed} of the clients and {len(clients) - len(absent)} take part: "
+                f"{', '.join(said)}; change joins_at= or away="
+            )
+
+
 def _executor(executor: str | Executor, workers: int | None) -> Executor:
     if executor == "processes":
         return Processes(workers)
@@ -431,7 +463,7 @@ def _coordinator(
 
 #: What a field of run.json means, for those whose call differs from the one that made the checkpoint.
 _MEANING = {
-    "clients": "the clients, their models' settings or their rows",
+    "clients": "when clients take part, the clients, their models' settings or their rows",
     "first": "the models' first weights (a module built without a seed? give a factory, or set torch's seed)",
     "stop": "when to stop",
 }
@@ -448,7 +480,7 @@ def _same_run(folder: Path, federation: Federation, population: Population) -> N
         "stop": repr(federation.stop),
         "evaluation": [rules.evaluate_every, rules.test],
         "policy": repr(federation.policy),
-        "clients": {n: [s.model.kind, dict(s.model.settings), _digest_of(s)] for n, s in population.sites.items()},
+        "clients": {n: _said_of(population.clients[n], site) for n, site in population.sites.items()},
         "first": {group: tree.digest for group, tree in federation.first.items()},
     }
     # a function is named by its address, which another process has elsewhere
@@ -459,6 +491,11 @@ def _same_run(folder: Path, federation: Federation, population: Population) -> N
         old, new = _read_json(path, found), json.loads(text)
         differs = "; ".join(_MEANING.get(key, key) for key in new if old.get(key) != new[key]) or "its form"
         raise StorageError(f"{folder} holds the checkpoint of another run: {differs} differs; use another folder")
+
+
+def _said_of(client: Client, site: Site) -> list[Any]:
+    there = [client.joins_at, client.away, client.freeze, site.begins.digest]
+    return [site.model.kind, dict(site.model.settings), _digest_of(site), *there]
 
 
 def _read_json(path: Path, text: str) -> dict[str, Any]:
