@@ -16,6 +16,7 @@ from polyfed.core.errors import MissingExtraError, StorageError
 from polyfed.run import report_facts as facts
 from polyfed.run import report_plots as plots
 from polyfed.run.report_comparison import FEW_CASES, Comparison, Interval, Line, Repeats, compare
+from polyfed.run.report_student import section
 from polyfed.run.result import Result, versions
 
 #: Up to this many sites each has its own line and its own curve; above, spreads, and the sites at both ends.
@@ -166,11 +167,13 @@ def block(
         "weak": [line for line in compared.lines if line.is_weak],
         "figures": figures(compared, lines, each=each),
         **curves(result, compared, spans, each=each),
+        "student": section(result, compared, most=EACH),
         "origin": origin,
         "shared": facts.shared(result),
         "absent": absent[: facts.MOST],
         "absent_more": max(0, len(absent) - facts.MOST),
         "never_asked": facts.some(facts.never_asked(result)),
+        "presence": list(result.presence.items())[: facts.MOST],
         "errors": list(result.errors.items())[: facts.MOST],
         "notes": [*result.notes],
         "setups": setups,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from polyfed.core import metrics
+from polyfed.core.protocols import Model
 from polyfed.run.result import Result
 
 Interval = tuple[float, float]
@@ -91,9 +92,7 @@ class Line:
     @property
     def plain(self) -> str:
         """The kind of model in words that need no library; its type where there are none."""
-        if self.framework in NETWORKS:
-            return f"neural network ({self.framework})"
-        return PLAIN.get(self.model, self.model)
+        return _plain(self.model, self.framework)
 
 
 @dataclass(frozen=True)
@@ -373,8 +372,21 @@ PLAIN = {
 def model_name(result: Result, name: str) -> tuple[str, str]:
     """The wrapped thing's type, and its framework in brackets: two frameworks have types of one name."""
     model = result.population.sites[name].model
-    module = type(model).__module__.rpartition(".")[2].partition("_")[0]
-    return model.kind, f"({FRAMEWORKS[module]})" if module in FRAMEWORKS else ""
+    framework = _framework(model)
+    return model.kind, f"({framework})" if framework else ""
+
+
+def plain_name(model: Model) -> str:
+    """A model in words that need no library, as `Line.plain`."""
+    return _plain(model.kind, _framework(model))
+
+
+def _framework(model: Model) -> str:
+    return FRAMEWORKS.get(type(model).__module__.rpartition(".")[2].partition("_")[0], "")
+
+
+def _plain(kind: str, framework: str) -> str:
+    return f"neural network ({framework})" if framework in NETWORKS else PLAIN.get(kind, kind)
 
 
 def _cases(result: Result, name: str) -> dict[str, int]:

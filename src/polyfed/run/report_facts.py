@@ -171,8 +171,10 @@ def absences(result: Result) -> list[Absence]:
 
 
 def never_asked(result: Result) -> list[str]:
+    """Who was there and was never drawn; who came late or was away is told of by `Result.presence`."""
     asked = {name for log in result.history for name in log.cohort}
-    return [name for name in result.population.sites if name not in asked] if result.history else []
+    never = [name for name in result.population.sites if name not in asked and name not in result.presence]
+    return never if result.history else []
 
 
 @dataclass(frozen=True)

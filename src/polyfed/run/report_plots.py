@@ -12,10 +12,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from polyfed.run.report_comparison import Comparison, Line
+from polyfed.run.report_comparison import SHORT, Comparison, Line
+from polyfed.run.student import Standings
 
 INK, FAINT, GRID = "#1f2933", "#5b6773", "#dfe4ea"
 UP, DOWN, ALONE = "#0072b2", "#c44e00", "#5b6773"
+STUDENT = "#009e73"
 COLOUR = {"up": UP, "down": DOWN, "same": INK, "none": FAINT}
 LABEL = 19
 WIDTH = 500
@@ -87,6 +89,50 @@ def _gain(comparison: Comparison, line: Line, at: Callable[[float], float], y: f
         made.append(f'<path d="M{_n(at(0))} {_n(y)}H{_n(at(line.gain))}" stroke="{colour}" stroke-width="3"/>')
     made.append(f'<circle cx="{_n(at(line.gain))}" cy="{_n(y)}" r="5" fill="{colour}"/>')
     return "".join([*made, text(edge, y + 4.5, comparison.signed(line.gain), "end", colour, "600")])
+
+
+def standings(found: Standings) -> str:
+    """Each teacher on everyone's test rows, alone and after the run; their ensemble; the student, and a line down from it."""
+    values = [v for line in found.lines for v in (line.all.value, line.all_alone.value)]
+    values += [found.ensemble.value, None if found.student is None else found.student.value]
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    names = [*(line.client for line in found.lines), "their ensemble", "student"]
+    step = 36.0 if len(names) <= 12 else 26.0
+    low, high, marks = axis(min(known), max(known), limit=None if found.is_lower_better else 1.0)
+    left = 24 + 7.2 * max(min(LABEL, len(name)) for name in names)
+    frame = _Frame(WIDTH, 12 + step * len(names) + 46, left=left, right=18, top=12, bottom=46)
+    at, short = frame.across(low, high), SHORT.get(found.metric, found.metric.replace("_", " "))
+    body = [frame.grid_x(marks, at, f"{short} on everyone's test rows")]
+    if found.student is not None and found.student.value is not None:
+        body.append(_mark_down(at(found.student.value), 12 + step * (len(names) - 0.5)))
+    for i, line in enumerate(found.lines):
+        body.append(_standing(line.all_alone.value, line.all.value, at, 12 + step * (i + 0.5)))
+    for i, score in enumerate((found.ensemble, found.student), len(found.lines)):
+        if score is not None and score.value is not None:
+            body.append(_diamond(at(score.value), 12 + step * (i + 0.5), STUDENT if i == len(names) - 1 else INK))
+    body += [_site(name, frame.left, 12 + step * (i + 0.5)) for i, name in enumerate(names)]
+    return frame.svg(body, f"{short} of each teacher, their ensemble and the student; the table holds the numbers")
+
+
+def _standing(alone: float | None, value: float | None, at: Callable[[float], float], y: float) -> str:
+    made = []
+    if alone is not None:
+        made.append(
+            f'<circle cx="{_n(at(alone))}" cy="{_n(y)}" r="7.5" fill="#fff" stroke="{ALONE}" stroke-width="2"/>'
+        )
+    if value is not None:
+        made.append(f'<circle cx="{_n(at(value))}" cy="{_n(y)}" r="5" fill="{INK}"/>')
+    return "".join(made)
+
+
+def _mark_down(x: float, y: float) -> str:
+    return f'<path d="M{_n(x)} 8V{_n(y)}" stroke="{STUDENT}" stroke-width="1.5" stroke-dasharray="4 4"/>'
+
+
+def _diamond(x: float, y: float, colour: str) -> str:
+    return f'<path d="M{_n(x)} {_n(y - 7)}l7 7l-7 7l-7 -7Z" fill="{colour}"/>'
 
 
 def value_span(lines: Sequence[Line]) -> Span:

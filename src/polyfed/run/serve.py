@@ -35,6 +35,7 @@ from polyfed.core.tree import Array, Tree
 from polyfed.data import Raw
 from polyfed.network.forms import Enrolment, Recalled
 from polyfed.network.limits import DEFAULT, NetworkLimits
+from polyfed.run.student import student_of
 from polyfed.run.trainers import trainers_at_server
 from polyfed.storage.blobs import FileBlobs
 from polyfed.storage.journal import FileJournal
@@ -70,6 +71,11 @@ class ServerResult:
     failures: Mapping[str, str] = field(default_factory=dict)
     denials: Mapping[int, int] = field(default_factory=dict)
     trace: Sequence[tuple[Event, list[Action]]] | None = field(default=None, repr=False)
+
+    @property
+    def student(self) -> Any:
+        """The model that the server taught (`Distill`), as its framework's own object; `UsageError` where there is none."""
+        return student_of(self.algorithm, self.federation, self.state)
 
 
 class Host:
