@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from polyfed.core.errors import DataError, MissingExtraError
-from polyfed.data import Split, datasets, divide, read
-from polyfed.data.datasets import Series, windows
+from polyfed.data import datasets, read
+from polyfed.data.datasets import windows
 
 pd = pytest.importorskip("pandas")
 
@@ -72,50 +72,97 @@ def test_traffic_series_rise_in_time_on_their_grid():
         assert (series.value >= 0).all()
 
 
-def a_series(n=60, gaps=()):
-    step = np.array([i for i in range(n) if i not in gaps]) + 1000
-    return Series(np.datetime64("2020-01-06T00:00:00") + step * np.timedelta64(3600, "s"), step * 1.0, step, 168, "u")
+def test_two_cities_have_weather_without_its_errors():
+    cities = datasets.traffic()
+    assert {name: series.weather_columns for name, series in cities.items()} == {
+        "minneapolis": ("temp", "rain_1h", "snow_1h", "clouds_all"),
+        "san_francisco": (),
+        "washington": ("tmin", "tmax", "pn"),
+        "birmingham": (),
+    }
+    assert np.isnan(cities["minneapolis"].weather).sum(axis=0).tolist() == [10, 1, 0, 0]
+    assert all(len(series.weather) in (0, len(series)) for series in cities.values())
+    for name, width in {"minneapolis": 32, "san_francisco": 28, "washington": 31, "birmingham": 28}.items():
+        rows = windows(cities[name], lags=24, weather=True)
+        assert rows.x.shape[1] == width
+        assert np.isfinite(rows.x).all()
+        assert np.abs(rows.x[:, 28:]).max(initial=0) <= 5
 
 
-def test_windows_hold_the_values_just_before_their_target():
-    raw = windows(a_series(), lags=5, horizon=2, scale=(0.0, 1.0))
-    assert raw.x.shape == (60 - 6, 5 + 4)
-    assert raw.x[0, :5].tolist() == [1000, 1001, 1002, 1003, 1004]
-    assert raw.target[0] == 1006 == raw.time[0]
-    assert np.allclose((raw.x[:, 5:] ** 2).sum(axis=1), 2)
+def test_digits_come_in_three_shapes():
+    found = datasets.digits()
+    assert {name: x.shape for name, (x, _) in found.items()} == {
+        "optdigits": (1797, 8, 8),
+        "mfeat": (2000, 16, 15),
+        "mnist": (5000, 28, 28),
+    }
+    for x, y in found.values():
+        assert (x.dtype, y.dtype) == (np.float32, np.int64)
+        assert (x.min(), x.max()) == (0, 1)
+        assert set(y.tolist()) == set(range(10))
+    assert np.bincount(found["mnist"][1]).tolist() == [500] * 10
+    found["mnist"][0][:] = -1
+    assert datasets.digits()["mnist"][0].min() == 0
 
 
-def test_windows_over_gaps_repeat_the_past_and_never_the_future():
-    raw = windows(a_series(gaps=(20, 21, 22, 40, 41, 42, 43)), lags=5, scale=(0.0, 1.0), fill=3)
-    times = raw.time.tolist()
-    assert not {1020, 1021, 1022, 1040, 1041, 1042, 1043} & set(times)
-    assert raw.x[times.index(1023), :5].tolist() == [1018, 1019, 1019, 1019, 1019]
-    assert not set(range(1044, 1049)) & set(times)
-    assert 1049 in times
+def test_the_digits_stand_upright():
+    """A 6 is heavier below, a 9 above, and a 1 is tall: what a picture turned or read in another order would not show."""
+    for x, y in datasets.digits().values():
+        means = [x[y == digit].mean(axis=0) for digit in range(10)]
+        above = [mean[: len(mean) // 2].sum() / mean.sum() for mean in means]
+        assert above[6] + 0.1 < above[9]
+        tall, wide = (means[1].sum(axis=axis) / means[1].sum() for axis in (1, 0))
+        assert wide.max() * len(wide) > 1.2 * tall.max() * len(tall)
 
 
-def test_windows_standardise_by_the_training_part_alone():
-    calm, wild = a_series(100), a_series(100)
-    wild.value[70:] *= 100
-    first = windows(calm, lags=3).time < 1060
-    assert np.array_equal(windows(calm, lags=3).x[first], windows(wild, lags=3).x[first])
+def test_the_8_by_8_digits_are_those_of_scikit_learn():
+    there = pytest.importorskip("sklearn.datasets").load_digits()
+    x, y = datasets.digits()["optdigits"]
+    assert np.array_equal(x * 16, there.images.astype(np.float32))
+    assert np.array_equal(y, there.target)
 
 
-def test_windows_split_with_their_gap_share_no_value_between_parts():
-    raw = windows(a_series(200), lags=6, horizon=2, scale=(0.0, 1.0))
-    parts = divide("city", raw, Split(0.2, 0.2, gap=6 + 2 - 1))
-    for earlier, later in ((parts.train, parts.validation), (parts.validation, parts.test)):
-        assert raw.target[earlier].max() < raw.x[later, :6].min()
-    loose = divide("city", raw, Split(0.2, 0.2, gap=0))
-    assert raw.target[loose.train].max() >= raw.x[loose.validation, :6].min()
+def test_synthetic_pairs_are_a_function_of_the_seed_with_equal_classes():
+    one, again, other = (datasets.paired_synthetic(205, genes=12, seed=seed) for seed in (1, 1, 2))
+    assert {name: (v.shape, v.dtype) for name, v in one.inputs.items()} == {
+        "image": ((205, 1, 28, 28), np.float32),
+        "genes": ((205, 12), np.float32),
+    }
+    assert one.target.dtype == np.int64
+    assert set(np.bincount(one.target).tolist()) == {20, 21}
+    for name in one.inputs:
+        assert np.array_equal(one.inputs[name], again.inputs[name])
+        assert not np.array_equal(one.inputs[name], other.inputs[name])
+    assert len(np.unique(one.inputs["image"].reshape(205, -1), axis=0)) == 205
+    assert list(one.only("genes").inputs) == ["genes"]
+    with pytest.raises(DataError, match="no input 'gene'; they have image, genes"):
+        one.only("gene")
+
+
+def test_synthetic_genes_tell_the_class_as_well_as_the_docstring_says():
+    linear = pytest.importorskip("sklearn.linear_model").LogisticRegression(C=0.1, max_iter=500)
+    raw = datasets.paired_synthetic(2000)
+    genes, digit = raw.inputs["genes"], raw.target
+    assert 0.75 < linear.fit(genes[:1400], digit[:1400]).score(genes[1400:], digit[1400:]) < 0.85
+    for d in range(10):
+        assert (np.abs(genes[digit == d].mean(axis=0)) > 0.7).sum() == 4
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"), [({"lags": 0}, "both are at least 1"), ({"lags": 500}, "no window of 500 steps")]
+    ("asked", "words"), [({"rows": 5001}, "5000 pictures"), ({"rows": 9}, "use 10 to"), ({"genes": 3}, "by 4 genes")]
 )
-def test_windows_that_do_not_exist_are_refused(asked, words):
+def test_pairs_that_cannot_be_made_say_why(asked, words):
     with pytest.raises(DataError, match=words):
-        windows(a_series(), **asked)
+        datasets.paired_synthetic(**asked)
+
+
+def test_rare_diagnoses_share_a_name():
+    clinics = datasets.thyroid(target="diagnosis", min_rows=1, min_cases=10)
+    assert len(clinics) == 6
+    names = pd.concat([frame["diagnosis"] for frame in clinics.values()]).value_counts()
+    assert len(names) == 22
+    assert names["rare"] == 9172 - names.drop("rare").sum() < 60
+    assert names.drop("rare").min() >= 10
 
 
 def test_an_unknown_client_is_answered_with_those_there():

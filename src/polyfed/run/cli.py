@@ -346,7 +346,7 @@ def datasets(as_json: Json = False) -> int:
     """List the real data that comes with polyfed."""
     from polyfed.data import datasets as home
 
-    found = [home.heart(), home.thyroid(), home.mfeat(), home.traffic()]
+    found = [home.heart(), home.thyroid(), home.mfeat(), home.digits(), home.traffic()]
     if as_json:
         _print_json({each.name: {"clients": each.rows, "target": each.target, "source": each.source} for each in found})
         return DONE
