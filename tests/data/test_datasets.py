@@ -168,6 +168,9 @@ def test_rare_diagnoses_share_a_name():
 def test_an_unknown_client_is_answered_with_those_there():
     with pytest.raises(DataError, match="heart has no client 'zurich'; it has cleveland, hungary"):
         datasets.heart()["zurich"]
+    assert "zurich" not in datasets.heart()
+    assert "va" in datasets.heart()
+    assert datasets.mfeat("mor").get("zurich", 3) == 3
 
 
 @pytest.mark.parametrize("load", [datasets.heart, datasets.thyroid])

@@ -74,6 +74,13 @@ class Dataset(Mapping[str, Any]):
             raise DataError(f"{self.name} has no client {client!r}; it has {', '.join(self.clients)}")
         return self.clients[client]
 
+    def __contains__(self, client: object) -> bool:
+        return client in self.clients
+
+    def get(self, client: str, default: Any = None) -> Any:
+        """As a dict's; Mapping's own waits for a KeyError."""
+        return self.clients.get(client, default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.clients)
 

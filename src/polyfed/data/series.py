@@ -51,7 +51,8 @@ def windows(
 ) -> Raw:
     """Supervised rows: the last `lags` values, the hour and the weekday -> the value `horizon` steps later.
 
-    The next hour is ``horizon=1`` for a city and ``horizon=2`` for a car park, whose steps are half hours.
+    The next hour is ``horizon=1`` for a city and ``horizon=2`` for a car park, whose steps are half hours (after its last
+    hour of a day comes the next morning).
 
     Args:
         series: what is measured.
