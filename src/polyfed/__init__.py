@@ -26,25 +26,32 @@ __version__ = "0.1.0"
 #: public name -> module that defines it
 _HOME = {
     "Algorithm": "polyfed.core.algorithm",
+    "APFL": "polyfed.algorithms",
     "Available": "polyfed.core.select",
     "All": "polyfed.core.select",
     "Buffered": "polyfed.core.schedule",
     "Client": "polyfed.run.client",
     "Converged": "polyfed.core.stop",
     "Distill": "polyfed.algorithms",
+    "Ditto": "polyfed.algorithms",
     "Diverged": "polyfed.core.stop",
     "FedAdagrad": "polyfed.algorithms",
     "FedAdam": "polyfed.algorithms",
     "FedAvg": "polyfed.algorithms",
     "FedAvgM": "polyfed.algorithms",
+    "FedBABU": "polyfed.algorithms",
+    "FedBN": "polyfed.algorithms",
     "FedDF": "polyfed.algorithms",
     "FedMD": "polyfed.algorithms",
+    "FedPer": "polyfed.algorithms",
     "FedProx": "polyfed.algorithms",
+    "FedRep": "polyfed.algorithms",
     "FedYogi": "polyfed.algorithms",
     "Local": "polyfed.algorithms",
     "Message": "polyfed.core.message",
     "NoImprovement": "polyfed.core.stop",
     "Parts": "polyfed.data",
+    "PFedMe": "polyfed.algorithms",
     "PolyfedError": "polyfed.core.errors",
     "Result": "polyfed.run.result",
     "Rounds": "polyfed.core.stop",
@@ -122,16 +129,23 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from polyfed import data as data
+    from polyfed.algorithms import APFL as APFL
     from polyfed.algorithms import Distill as Distill
+    from polyfed.algorithms import Ditto as Ditto
     from polyfed.algorithms import FedAdagrad as FedAdagrad
     from polyfed.algorithms import FedAdam as FedAdam
     from polyfed.algorithms import FedAvg as FedAvg
     from polyfed.algorithms import FedAvgM as FedAvgM
+    from polyfed.algorithms import FedBABU as FedBABU
+    from polyfed.algorithms import FedBN as FedBN
     from polyfed.algorithms import FedDF as FedDF
     from polyfed.algorithms import FedMD as FedMD
+    from polyfed.algorithms import FedPer as FedPer
     from polyfed.algorithms import FedProx as FedProx
+    from polyfed.algorithms import FedRep as FedRep
     from polyfed.algorithms import FedYogi as FedYogi
     from polyfed.algorithms import Local as Local
+    from polyfed.algorithms import PFedMe as PFedMe
     from polyfed.core import errors as errors
     from polyfed.core.aggregate import UpdatePolicy as UpdatePolicy
     from polyfed.core.algorithm import Algorithm as Algorithm

@@ -3,7 +3,9 @@
 Their numbers are their names in the algorithms' docstrings; `test_algorithm_mutants.py` shows which mistakes they catch.
 """
 
+from collections import OrderedDict
 from dataclasses import replace
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -11,17 +13,47 @@ import oracles
 import torch
 from numpy_model import CLASSES, VALUES, NumpyModel, rows_of, sites_of, softmax
 
-from polyfed.algorithms import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMD, FedProx, FedYogi
+from polyfed.algorithms import (
+    APFL,
+    Ditto,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedBABU,
+    FedBN,
+    FedMD,
+    FedProx,
+    FedRep,
+    FedYogi,
+    Local,
+    PFedMe,
+)
 from polyfed.core.aggregate import Fold
-from polyfed.core.algorithm import Fit, Predict
+from polyfed.core.algorithm import Fit, Fitted, Predict
 from polyfed.core.checks_algorithm import client_env, play, server_env
 from polyfed.core.message import Message
 from polyfed.core.rows import Rows
 from polyfed.core.terms import Distill, Match, Near
 from polyfed.core.tree import Tree, part_of
+from polyfed.models.torch import torch as pf_torch
 
-AVERAGING = [FedAvg(), FedProx(mu=0.2), FedAvgM(), FedAdagrad(), FedAdam(), FedYogi()]
+AVERAGING = [FedAvg(), FedProx(mu=0.2), FedAvgM(), FedAdagrad(), FedAdam(), FedYogi(), Ditto(0.2)]
+AVERAGING += [
+    APFL(0.4, weighting="num_examples"),
+    PFedMe(lam=0.5, lr=0.4, steps=1, local_rounds=1, weighting="num_examples"),
+]
+PERSONAL = [
+    FedRep(shared="base", head_epochs=2),
+    FedBABU(shared="base", fine_tune=1),
+    Ditto(0.2),
+    Ditto(0.2, shared="base"),
+    APFL(0.4),
+    APFL(adaptive=True),
+    PFedMe(lam=2.0, lr=0.2, steps=2, local_rounds=2),
+]
 LINEAR = NumpyModel(hidden=0)
+COUNTER = "buffers:downsample.1.num_batches_tracked"
 INVARIANTS = {}
 
 
@@ -72,6 +104,60 @@ def i04_fedadam_with_large_tau_is_fedavg():
 
 
 @invariant
+def i09_ditto_without_pull_is_local_and_its_shared_model_fedavgs():
+    def sites():
+        return sites_of(NumpyModel(statistics=True, batch_size=4))
+
+    local, average = play(Local(), sites(), rounds=3), play(FedAvg(), sites(), rounds=3)
+    for lam in (0.0, 0.7):
+        played = play(Ditto(lam), sites(), rounds=3)
+        assert played.state.digest == average.state.digest, "the personal model touches the shared one"
+        same = [played.memories[name].trees["own"] == memory.trees["own"] for name, memory in local.memories.items()]
+        assert all(same) if lam == 0.0 else not any(same)
+
+
+@invariant
+def i09_ditto_with_a_large_pull_is_global():
+    gaps = []
+    for lam in (0.0, 1.0, 10.0, 100.0, 1000.0):
+        sites = sites_of(NumpyModel(lr=1e-3, epochs=40))
+        before = play(Ditto(lam), sites, rounds=2)
+        own = play(Ditto(lam), sites, rounds=1, after=before).memories["west"].trees["own"]
+        gaps.append((own.part("params") - before.state.trees["params"]).norm())
+    assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 0.02 * gaps[0], gaps
+
+
+@invariant
+def i10_apfl_at_its_ends_is_global_and_local():
+    def sites():
+        return sites_of(NumpyModel(statistics=True, batch_size=4))
+
+    average = play(FedAvg(weighting="uniform"), sites(), rounds=3)
+    local = play(Local(), sites(), rounds=3)
+    for alpha in (0.0, 0.3, 1.0):
+        algorithm = APFL(alpha)
+        played = play(algorithm, sites(), rounds=3)
+        assert played.state.digest == average.state.digest, "the personal model touches the shared one"
+        for name, memory in played.memories.items():
+            sent = algorithm.broadcast(played.state, name, server_env(sites(), 0))
+            state = NumpyModel(statistics=True).first(rows_of(4), client_env(sites()[name], 0, 1))
+            for tree in algorithm.start(sent, memory):
+                state = state.overlay(tree)
+            if alpha == 0.0:
+                assert state.only(sent.trees["params"]) == average.state.trees["params"]
+                assert state.part("stats") == average.state.trees["stats"]
+            else:
+                assert (state == local.memories[name].trees["own"]) == (alpha == 1.0)
+
+
+@invariant
+def i02_pfedme_with_one_whole_step_is_fedprox():
+    one = params(PFedMe(lam=2.0, lr=0.5, steps=3, local_rounds=1), sites_of(NumpyModel(lr=0.1)))
+    two = params(FedProx(mu=2.0, weighting="uniform"), sites_of(NumpyModel(lr=0.1, epochs=3)))
+    assert_near(one, two)
+
+
+@invariant
 def i14_one_client_is_local_training():
     sites = sites_of(sizes={"north": 12})
     north = sites["north"]
@@ -86,7 +172,7 @@ def i14_one_client_is_local_training():
 @invariant
 def i16_the_order_of_clients_changes_rounding_alone():
     backwards = dict(reversed(sites_of().items()))
-    for algorithm in AVERAGING:
+    for algorithm in [*AVERAGING, *PERSONAL]:
         assert_near(params(algorithm, seed=1), params(algorithm, backwards, seed=1))
 
 
@@ -95,7 +181,7 @@ def i18_weights_times_seven_change_nothing():
     def claim(name, upload):
         return upload.put(numbers={"num_examples": 7 * upload.numbers["num_examples"]})
 
-    for algorithm in AVERAGING:
+    for algorithm in [*AVERAGING, *PERSONAL]:
         assert_near(params(algorithm), params(algorithm, tamper=claim))
 
 
@@ -116,14 +202,14 @@ def i19_a_client_cut_in_two_changes_nothing():
 def i20_equal_clients_are_one_client():
     one = sites_of(sizes={"north": 12})
     many = {name: replace(one["north"], name=name) for name in ("a", "b", "c")}
-    for algorithm in AVERAGING:
+    for algorithm in [*AVERAGING, *PERSONAL]:
         assert_near(params(algorithm, one), params(algorithm, many))
 
 
 @invariant
 def i26_a_round_of_nobody_changes_nothing():
     public = sites_of()["north"].public
-    for algorithm in [*AVERAGING, FedMD(public)]:
+    for algorithm in [*AVERAGING, *PERSONAL, FedMD(public)]:
         before = play(algorithm, sites_of(), rounds=2)
         after = play(algorithm, sites_of(), rounds=2, cohort=lambda _: (), after=before)
         assert after.digest == before.digest, f"{algorithm.name} moved without an update"
@@ -154,14 +240,16 @@ def i28_dtypes_come_back_as_they_went():
 
 @invariant
 def i36_an_absent_client_finds_its_memory_as_it_was():
-    for algorithm in (FedAvg(shared="base"), FedMD(sites_of()["north"].public)):
+    for algorithm in (FedAvg(shared="base"), *PERSONAL, FedMD(sites_of()["north"].public)):
         before = play(algorithm, sites_of(), rounds=1)
         without = play(algorithm, sites_of(), rounds=2, cohort=lambda _: ["north", "south"], after=before)
         assert without.memories["west"].digest == before.memories["west"].digest
         back = play(algorithm, model_sites := sites_of(), rounds=1, after=without)
         starts = [r.start for r in model_sites["west"].model.log if r.start]
-        assert any(tree == before.memories["west"].trees["own"] for start in starts for tree in start), "forgot its own"
-        assert back.memories["west"].digest != without.memories["west"].digest
+        kept = before.memories["west"].trees["own"]
+        assert any(tree == kept for start in starts for tree in start), f"{algorithm.name} forgot its own"
+        moved = back.memories["west"].digest != without.memories["west"].digest
+        assert moved or isinstance(algorithm, FedBABU), "whose head stays"
 
 
 @invariant
@@ -183,6 +271,66 @@ def i40_what_is_private_never_travels():
     sent = algorithm.broadcast(played.state, "new", server_env(sites_of(model), 0))
     newcomer = model.state_of(algorithm.start(sent, Message()), rows_of(4), client_env(sites_of(model)["north"], 0, 3))
     assert newcomer.only(sent.trees["params"]) == sent.trees["params"]
+
+
+@invariant
+def i40_personal_models_never_travel():
+    everything = set(server_env(sites_of(NumpyModel(statistics=True)), 0).first["all"])
+    for algorithm in PERSONAL:
+        played = play(algorithm, sites_of(NumpyModel(statistics=True)), rounds=2)
+        shared = algorithm.shared_names(everything)
+        for upload in played.uploads.values():
+            sent = {name for tree in upload.trees.values() for name in tree}
+            assert sent <= shared, f"{algorithm.name} sends {sent - shared}"
+        models = {memory.trees["own"].part("params").digest for memory in played.memories.values()}
+        assert len(models) == (1 if isinstance(algorithm, FedBABU) else 3), f"{algorithm.name} has equal models"
+
+
+def downsampled():
+    """Normalisation by type: in a Sequential, under a name without "bn"; and a linear layer that is called so."""
+    parts = {
+        "0": torch.nn.Linear(5, 4),
+        "downsample": torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)),
+    }
+    parts |= {"bn": torch.nn.Linear(4, 4), "norm1": torch.nn.LayerNorm(4), "head": torch.nn.Linear(4, 3)}
+    return torch.nn.Sequential(OrderedDict(parts))
+
+
+@invariant
+def i40_normalisation_is_told_by_its_type():
+    sites = sites_of(pf_torch(downsampled, lr=0.1, epochs=2))
+    played = play(FedBN(), sites, rounds=2)
+    private = {"downsample.1.weight", "downsample.1.bias", "stats:downsample.1/mean", "stats:downsample.1/variance"}
+    everything = set(server_env(sites, 0).first["all"])
+    travelled = {name for upload in played.uploads.values() for tree in upload.trees.values() for name in tree}
+    assert travelled == set(played.state.trees["params"]) == everything - private - {COUNTER}
+    owns = [memory.trees["own"] for memory in played.memories.values()]
+    assert all(set(own) == private | {COUNTER} for own in owns)
+    assert len({own.part("params").digest for own in owns}) == len({own.part("stats").digest for own in owns}) == 3
+
+
+@invariant
+def i40_what_is_held_stays_bit_for_bit():
+    for algorithm in (FedRep(shared="shared", head_epochs=2), FedBABU(shared="shared")):
+        model = pf_torch(
+            shared=lambda: torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4)),
+            personal=lambda: torch.nn.Linear(4, 3),
+        )
+        site = sites_of(model)["west"]
+        env = client_env(site, 0, 1)
+        sent = algorithm.broadcast(algorithm.init(server_env({"west": site}, 0)), "west", server_env({"west": site}, 0))
+        steps, states = algorithm.client_update(sent, Message(), env), [model.first(site.train, env)]
+        request = next(steps)
+        try:
+            while True:
+                states.append(model.fit(request, site.train, env).state)
+                request = steps.send(Fitted(states[-1], 1))
+        except StopIteration:
+            pass
+        moved = [{name for name in a if not np.array_equal(a[name], b[name])} for a, b in pairwise(states)]
+        head = {"personal.weight", "personal.bias"}
+        assert head == moved[0] if isinstance(algorithm, FedRep) else len(moved) == 1, "the head's turn moved the base"
+        assert not head & moved[-1] and "stats:shared.1/mean" in moved[-1], "the base's turn moved the head"
 
 
 @invariant
@@ -219,7 +367,7 @@ def i52_a_client_that_sends_nan_is_absent():
         tree, trees = next(iter(upload.trees.items()))
         return upload.put(trees={tree: Tree({n: np.full_like(a, np.nan) for n, a in trees.items()})})
 
-    for algorithm in [*AVERAGING, FedAvg(shared="base"), FedMD(sites_of()["north"].public)]:
+    for algorithm in [*AVERAGING, *PERSONAL, FedAvg(shared="base"), FedMD(sites_of()["north"].public)]:
         spoilt = play(algorithm, sites_of(), rounds=3, tamper=spoil)
         absent = play(algorithm, sites_of(), rounds=3, cohort=lambda _: ["north", "south"])
         assert spoilt.digest == absent.digest, f"{algorithm.name}: a NaN left a trace"

@@ -99,3 +99,89 @@ def fedmd(models, clients, public, rounds, *, epochs, digest, lr, t=1.0, order="
         if logits and kind == "classes":
             consensus = softmax(consensus / t)
     return models, consensus
+
+
+def mean_of(models, weights):
+    return {k: sum(a / sum(weights) * m[k] for a, m in zip(weights, models, strict=True)) for k in models[0]}
+
+
+def step(w, x, y, lr, only=None, scale=1.0):
+    g = gradient(w, x, y)
+    return {k: v - lr * scale * g[k] if only is None or k in only else v for k, v in w.items()}
+
+
+def fedrep(w, clients, rounds, *, head_epochs, base_epochs, lr):
+    """Collins et al. 2021, algorithm 1, weighted by rows: the bias is the head, the weights are the base."""
+    heads = [w["head.b"]] * len(clients)
+    base = w["head.w"]
+    for _ in range(rounds):
+        local = []
+        for k, (x, y) in enumerate(clients):
+            model = {"head.w": base, "head.b": heads[k]}
+            for _ in range(head_epochs):
+                model = step(model, x, y, lr, only=("head.b",))
+            for _ in range(base_epochs):
+                model = step(model, x, y, lr, only=("head.w",))
+            heads[k] = model["head.b"]
+            local.append({"head.w": model["head.w"]})
+        base = mean_of(local, [len(x) for x, _ in clients])["head.w"]
+    return base, heads
+
+
+def fedbabu(w, clients, rounds, *, epochs, fine_tune, lr):
+    """Oh et al. 2022, algorithm 1, weighted by rows: the head (the bias) stays; then each client tunes everything."""
+    for _ in range(rounds):
+        local = []
+        for x, y in clients:
+            model = w
+            for _ in range(epochs):
+                model = step(model, x, y, lr, only=("head.w",))
+            local.append(model)
+        w = mean_of(local, [len(x) for x, _ in clients])
+    return w, [descend(w, x, y, fine_tune, lr) for x, y in clients]
+
+
+def ditto(w, clients, rounds, *, epochs, lr, lam):
+    """Li et al. 2021, algorithm 1."""
+    own = [w] * len(clients)
+    for _ in range(rounds):
+        local = [descend(w, x, y, epochs, lr) for x, y in clients]
+        own = [descend(v, x, y, epochs, lr, anchor=w, mu=lam) for v, (x, y) in zip(own, clients, strict=True)]
+        w = mean_of(local, [len(x) for x, _ in clients])
+    return w, own
+
+
+def apfl(w, clients, rounds, *, epochs, lr, alpha, adaptive):
+    """Deng et al. 2020, algorithm 1 with the shared model held while v trains, and one α step a round."""
+    own, shares = [w] * len(clients), [alpha] * len(clients)
+    for _ in range(rounds):
+        for i, (x, y) in enumerate(clients):
+            v, a, total = own[i], shares[i], dict.fromkeys(w, 0.0)
+            before = v
+            for _ in range(epochs):
+                g = gradient({k: a * v[k] + (1 - a) * w[k] for k in w}, x, y)
+                v = {k: v[k] - lr * a * g[k] for k in w}
+                total = {k: total[k] + g[k] / epochs for k in w}
+            own[i] = v
+            if adaptive:
+                slope = sum(((before[k] - w[k]) * total[k]).sum() for k in w)
+                shares[i] = min(1.0, max(0.0, a - lr * slope))
+        w = mean_of([descend(w, x, y, epochs, lr) for x, y in clients], [1] * len(clients))
+    mixed = [{k: a * v[k] + (1 - a) * w[k] for k in w} for a, v in zip(shares, own, strict=True)]
+    return w, mixed, shares
+
+
+def pfedme(w, clients, rounds, *, inner_lr, lr, lam, steps, local_rounds, beta):
+    """Dinh et al. 2020, algorithm 1, the inner problem by gradient steps that go on from the last solution."""
+    for _ in range(rounds):
+        local, own = [], []
+        for x, y in clients:
+            wi, theta = w, w
+            for _ in range(local_rounds):
+                theta = descend(theta, x, y, steps, inner_lr, anchor=wi, mu=lam)
+                wi = {k: wi[k] - lr * lam * (wi[k] - theta[k]) for k in w}
+            local.append(wi)
+            own.append(theta)
+        mean = mean_of(local, [1] * len(clients))
+        w = {k: (1 - beta) * w[k] + beta * mean[k] for k in w}
+    return w, own

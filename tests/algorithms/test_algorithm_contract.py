@@ -3,7 +3,22 @@
 import pytest
 from numpy_model import VALUES, NumpyModel, sites_of
 
-from polyfed.algorithms import REGISTRY, FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMD, FedProx, FedYogi
+from polyfed.algorithms import (
+    APFL,
+    REGISTRY,
+    Ditto,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedBABU,
+    FedBN,
+    FedMD,
+    FedProx,
+    FedRep,
+    FedYogi,
+    PFedMe,
+)
 from polyfed.algorithms.local import Local
 from polyfed.core.checks_algorithm import check_algorithm
 
@@ -19,6 +34,17 @@ AVERAGING = {
     "FedAdam": FedAdam(lr=0.03),
     "FedYogi": FedYogi(lr=0.03),
     "FedYogi shared": FedYogi(shared="base", lr=0.03),
+    "FedRep": FedRep(shared="base", head_epochs=2),
+    "FedBABU": FedBABU(shared="!head", fine_tune=2),
+    "FedBABU not tuned": FedBABU(shared="base", fine_tune=0),
+    "Ditto": Ditto(lam=0.5),
+    "Ditto shared": Ditto(shared="base", personal_epochs=1),
+    "APFL": APFL(alpha=0.25),
+    "APFL adaptive": APFL(adaptive=True),
+    "APFL global": APFL(alpha=0.0),
+    "APFL shared": APFL(shared="base", alpha=1.0),
+    "PFedMe": PFedMe(lam=2.0, lr=0.2, steps=2, local_rounds=3, beta=1.5),
+    "PFedMe shared": PFedMe(shared="base", lam=2.0, lr=0.2, steps=2, local_rounds=3),
 }
 DISTILLING = {
     "Local": Local(),
@@ -31,7 +57,9 @@ MODELS = {
     "statistics, batches, float32": lambda: NumpyModel(statistics=True, batch_size=5, dtype="float32", lr=0.1),
 }
 DIFFERENT = {"north": NumpyModel(3), "south": NumpyModel(6, lr=0.1), "west": NumpyModel(0, dtype="float32")}
+NORMALISED = MODELS["statistics, batches, float32"]
 CASES = {
+    "FedBN": (FedBN(), lambda: sites_of(NORMALISED())),
     **{
         f"{n}, {m}": (a, lambda make=make: sites_of(make())) for n, a in AVERAGING.items() for m, make in MODELS.items()
     },

@@ -11,9 +11,29 @@ import test_algorithm_oracles as oracle
 from invariants import INVARIANTS, TorchOps
 from numpy_model import CLASSES
 
-from polyfed.algorithms import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMD, FedProx, FedYogi, consensus, fedavg
+from polyfed.algorithms import (
+    APFL,
+    Ditto,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedBABU,
+    FedBN,
+    FedMD,
+    FedProx,
+    FedRep,
+    FedYogi,
+    PFedMe,
+    apfl,
+    consensus,
+    ditto,
+    fedavg,
+)
 from polyfed.algorithms.fedopt import Adaptive, ServerOptimizer
+from polyfed.algorithms.personal import Personal
 from polyfed.core.aggregate import Aggregate
+from polyfed.core.algorithm import Algorithm
 from polyfed.core.message import Message
 from polyfed.core.terms import Distill, Near, Own
 from polyfed.core.tree import Tree
@@ -109,6 +129,58 @@ def remember_once(self, memory, fitted):
     return memory if memory.trees else REAL_REMEMBER(self, memory, fitted)
 
 
+def changed(real, change):
+    """`client_update` with a change made to each of its requests: (request, its number, the message) -> request."""
+
+    def update(self, message, memory, env):
+        steps, answer, number = real(self, message, memory, env), None, 0
+        while True:
+            try:
+                request = steps.send(answer)
+            except StopIteration as end:
+                return end.value
+            answer = yield change(request, number, message)
+            number += 1
+
+    return update
+
+
+def exchanged(request, number, message):
+    return replace(request, part=(("head.w",), ("head.b",))[number])
+
+
+def anchored_once(request, number, message):
+    return replace(request, tensors={"anchor": message.trees["params"]})
+
+
+def by_name(self, names):
+    return {name for name in names if "bn" not in name}
+
+
+def statistics_alone(self, names):
+    return {name for name in names if not name.startswith("stats:")}
+
+
+def uphill(self, memory):
+    """An α that moves against what was learned: the slope's sign is lost."""
+    return 2 * self.alpha - memory.numbers.get("alpha", self.alpha)
+
+
+REAL_PFEDME, REAL_REP, REAL_PERSONAL = PFedMe.client_update, FedRep.client_update, Ditto.personal
+
+
+def anchored_at_trained(self, message, memory, fitted):
+    """The anchor is what this client made of the shared model."""
+    trained = fitted.state.only(message.trees["params"])
+    steps = REAL_PERSONAL(self, message, memory, fitted)
+    request = next(steps)
+    answer = yield replace(request, tensors={"anchor": trained}) if request.tensors else request
+    try:
+        steps.send(answer)
+    except StopIteration as end:
+        return end.value
+
+
 #: mistake -> (what is patched, with what, the check that must notice)
 MUTANTS = {
     "the mean update is subtracted": (FedAvg, "step", lambda s, st, u: {"params": st.trees["params"] - u}, "i14"),
@@ -181,10 +253,43 @@ MUTANTS = {
         lambda s, state, aggregate, env: state.put(trees={"soft": aggregate.mean("soft")}),
         "i26",
     ),
+    "normalisation is told by its name": (FedBN, "shared_names", by_name, "i40_normalisation"),
+    "statistics alone are private": (FedBN, "shared_names", statistics_alone, "i40_normalisation"),
+    "the base trains before the head": (FedRep, "client_update", changed(REAL_REP, exchanged), "rep"),
+    "head and base train together": (
+        FedRep,
+        "client_update",
+        changed(REAL_REP, lambda request, number, message: replace(request, part=())),
+        "i40_what_is_held",
+    ),
+    "the head trains too": (FedBABU, "request", FedAvg.request, "babu"),
+    "nobody tunes at the end": (FedBABU, "personalise", Algorithm.personalise, "babu"),
+    "a personal model starts afresh": (
+        Personal,
+        "start",
+        lambda s, message, memory: FedAvg.start(s, message, Message()),
+        "ditto",
+    ),
+    "a personal model is pulled twice": (ditto, "Near", lambda lam: Near(2 * lam), "ditto"),
+    "the anchor is what the client trained": (Ditto, "personal", anchored_at_trained, "ditto"),
+    "a step of the mixture is alpha's": (apfl, "Own", lambda weight: Own(weight**0.5), "apfl"),
+    "alpha is the shared model's share": (apfl, "mixed", lambda a, v, w: apfl_mixed(1 - a, v, w), "apfl"),
+    "the mixture is taken for v": (apfl, "unmixed", lambda a, mixture, w: mixture, "apfl"),
+    "alpha climbs": (APFL, "_alpha", uphill, "alpha"),
+    "the anchor stays where it was sent": (PFedMe, "client_update", changed(REAL_PFEDME, anchored_once), "me"),
+    "beta is forgotten": (PFedMe, "step", FedAvg.step, "me"),
+    "pFedMe's mean is weighted": (PFedMe, "weight", lambda s, numbers, *_: numbers["num_examples"], "me"),
 }
+apfl_mixed = apfl.mixed
 REAL_SOFTENED = consensus.softened
 
 ORACLES = {
+    "rep": oracle.test_fedrep_when_run_equals_the_pseudocode,
+    "babu": oracle.test_fedbabu_when_run_equals_the_pseudocode,
+    "ditto": lambda: oracle.test_ditto_when_run_equals_the_pseudocode(0.7),
+    "apfl": lambda: oracle.test_apfl_when_run_equals_the_pseudocode(0.3, False),
+    "alpha": lambda: oracle.test_apfl_when_run_equals_the_pseudocode(0.5, True),
+    "me": lambda: oracle.test_pfedme_when_run_equals_the_pseudocode(1.6),
     "prox": lambda: oracle.test_fedavg_and_fedprox_when_run_equal_the_pseudocode(0.7, "num_examples", CLASSES),
     "md last": lambda: oracle.test_fedmd_when_run_equals_the_pseudocode("last", "probabilities", CLASSES),
     **{name: lambda n=name: oracle.test_server_optimizer_when_run_equals_the_pseudocode(n) for name in oracle.SERVER},

@@ -5,8 +5,23 @@ import oracles
 import pytest
 from numpy_model import CLASSES, VALUES, NumpyModel, sites_of
 
-from polyfed.algorithms import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMD, FedProx, FedYogi
-from polyfed.core.checks_algorithm import play, server_env
+from polyfed.algorithms import (
+    APFL,
+    Ditto,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedBABU,
+    FedMD,
+    FedProx,
+    FedRep,
+    FedYogi,
+    PFedMe,
+)
+from polyfed.core.checks_algorithm import client_env, play, server_env
+from polyfed.core.message import Message
+from polyfed.core.work import personal
 
 LR, EPOCHS, ROUNDS = 0.3, 3, 5
 LINEAR = NumpyModel(hidden=0, lr=LR, epochs=EPOCHS)
@@ -77,3 +92,65 @@ def test_fedmd_when_run_equals_the_pseudocode(order, average, problem):
     said = played.state.trees["soft"]["public"]
     teacher = algorithm.teacher(said, problem)
     np.testing.assert_allclose(teacher, consensus, rtol=1e-5, atol=1e-6)
+
+
+def models_of(algorithm, sites, played):
+    """Client -> the parameters by which it predicts."""
+    found = {}
+    for name, site in sites.items():
+        env = client_env(site, 0, played.round_num + 1)
+        sent = algorithm.broadcast(played.state, name, server_env(sites, 0))
+        start = personal(algorithm, sent, played.memories.get(name, Message()), site, env)
+        found[name] = site.model.state_of(start, site.train, env)
+    return found
+
+
+def assert_personal(algorithm, sites, wanted, own, rounds=ROUNDS):
+    played = play(algorithm, sites, rounds=rounds)
+    assert_close(played.state.trees["params"], wanted)
+    for name, model in zip(sites, own, strict=True):
+        assert_close(models_of(algorithm, sites, played)[name], model)
+    return played
+
+
+def test_fedrep_when_run_equals_the_pseudocode():
+    sites, start, clients = start_and_clients()
+    base, heads = oracles.fedrep(start, clients, ROUNDS, head_epochs=4, base_epochs=2, lr=LR)
+    algorithm = FedRep(shared="head.w", head_epochs=4, base_epochs=2)
+    own = [{"head.w": base, "head.b": head} for head in heads]
+    played = assert_personal(algorithm, sites, {"head.w": base}, own)
+    assert played.uploads["south"].numbers["steps"] == 6.0
+
+
+def test_fedbabu_when_run_equals_the_pseudocode():
+    sites, start, clients = start_and_clients()
+    wanted, own = oracles.fedbabu(start, clients, ROUNDS, epochs=EPOCHS, fine_tune=4, lr=LR)
+    assert_personal(FedBABU(shared="head.w", fine_tune=4), sites, {"head.w": wanted["head.w"]}, own)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7])
+def test_ditto_when_run_equals_the_pseudocode(lam):
+    sites, start, clients = start_and_clients()
+    wanted, own = oracles.ditto(start, clients, ROUNDS, epochs=EPOCHS, lr=LR, lam=lam)
+    assert_personal(Ditto(lam), sites, wanted, own)
+
+
+@pytest.mark.parametrize(("alpha", "adaptive"), [(0.3, False), (0.0, False), (1.0, False), (0.5, True)])
+def test_apfl_when_run_equals_the_pseudocode(alpha, adaptive):
+    sites, start, clients = start_and_clients()
+    settings = {"epochs": EPOCHS, "lr": LR, "alpha": alpha, "adaptive": adaptive}
+    wanted, own, shares = oracles.apfl(start, clients, ROUNDS, **settings)
+    played = assert_personal(APFL(alpha, adaptive=adaptive), sites, wanted, own)
+    if adaptive:
+        found = [played.memories[name].numbers["alpha"] for name in sites]
+        np.testing.assert_allclose(found, shares, rtol=1e-9)
+        assert len(set(shares)) == 3 and min(shares) > 0.0 and max(shares) < 1.0
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.6])
+def test_pfedme_when_run_equals_the_pseudocode(beta):
+    sites, start, clients = start_and_clients()
+    settings = {"lr": 0.2, "lam": 1.5, "steps": 3, "local_rounds": 4, "beta": beta}
+    wanted, own = oracles.pfedme(start, clients, ROUNDS, inner_lr=LR, **settings)
+    played = assert_personal(PFedMe(**settings), sites, wanted, own)
+    assert played.uploads["south"].numbers["steps"] == 12.0

@@ -406,6 +406,13 @@ def test_under_takes_every_part_below_a_prefix():
         ("anything", (), True),
         ("anything", ("",), False),
         ("base", ("base.0",), False),
+        ("head.weight", ("!head",), False),
+        ("stats:head.0/mean", ("!head",), False),
+        ("header.weight", ("!head",), True),
+        ("base.bn.weight", ("base", "!base.bn"), False),
+        ("base.0.weight", ("base", "!base.bn"), True),
+        ("neck.weight", ("base", "!base.bn"), False),
+        ("anything", ("!",), True),
     ],
 )
 def test_is_under_compares_whole_path_elements(name, prefixes, wanted):

@@ -5,33 +5,65 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from polyfed.algorithms.apfl import APFL
 from polyfed.algorithms.distill import Distill
+from polyfed.algorithms.ditto import Ditto
 from polyfed.algorithms.fedavg import FedAvg
+from polyfed.algorithms.fedbabu import FedBABU
+from polyfed.algorithms.fedbn import FedBN
 from polyfed.algorithms.feddf import FedDF
 from polyfed.algorithms.fedmd import FedMD
 from polyfed.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from polyfed.algorithms.fedper import FedPer
 from polyfed.algorithms.fedprox import FedProx
+from polyfed.algorithms.fedrep import FedRep
 from polyfed.algorithms.local import Local
+from polyfed.algorithms.pfedme import PFedMe
 from polyfed.core.algorithm import Algorithm
 
 #: Every built-in algorithm by name. A site adds its own to a copy: ``{**REGISTRY, "Mine": Mine}``.
 REGISTRY: Mapping[str, type[Algorithm]] = MappingProxyType(
     {
         kind.__name__: kind
-        for kind in (Distill, FedAdagrad, FedAdam, FedAvg, FedAvgM, FedDF, FedMD, FedProx, FedYogi, Local)
+        for kind in (
+            APFL,
+            Distill,
+            Ditto,
+            FedAdagrad,
+            FedAdam,
+            FedAvg,
+            FedAvgM,
+            FedBABU,
+            FedBN,
+            FedDF,
+            FedMD,
+            FedPer,
+            FedProx,
+            FedRep,
+            FedYogi,
+            Local,
+            PFedMe,
+        )
     }
 )
 
 __all__ = [
+    "APFL",
     "REGISTRY",
     "Distill",
+    "Ditto",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBABU",
+    "FedBN",
     "FedDF",
     "FedMD",
+    "FedPer",
     "FedProx",
+    "FedRep",
     "FedYogi",
     "Local",
+    "PFedMe",
 ]

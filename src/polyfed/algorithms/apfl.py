@@ -36,7 +36,7 @@ class APFL(Personal):
 
     Wire: as FedAvg. Memory: see `Personal`; "own" holds v, and number "alpha" where it adapts. Needs a model that
     takes loss terms; ``adaptive=True`` plain SGD, whose displacement is a sum of gradients.
-    Invariants: 10, 36, and FedAvg's 16, 18-20, 26, 28, 52, 59.
+    Invariants: 10, 36, 40, and FedAvg's 16, 18-20, 26, 28, 52, 59.
 
     Trap: with Adam a factor of α² before the loss hardly changes a step: v then moves by 1 / α² as much.
 

@@ -25,7 +25,7 @@ class Ditto(Personal):
     to θ. Statistics and buffers of vᵢ are its own; the distance is over shared parameters.
 
     Wire: as FedAvg. Memory: see `Personal`. Needs a model that takes loss terms.
-    Invariants: 9 (λ = 0 is local, λ → ∞ global), 36, and FedAvg's 16, 18-20, 26, 28, 52, 59.
+    Invariants: 9 (λ = 0 is local, λ → ∞ global), 36, 40, and FedAvg's 16, 18-20, 26, 28, 52, 59.
 
     Trap: two trainings a round. λ times the learning rate must stay below 2, or v leaps away (checked for plain SGD).
 

@@ -22,8 +22,9 @@ class FedAvg(Algorithm):
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
     algorithm 1. Learning rate, epochs and batch size belong to each client's model.
 
-    With ``shared=`` only a part of the model travels, the rest is the client's own: FedPer and FedRep share the base,
-    LG-FedAvg the head, so that what is not shared may differ between clients in every way.
+    With ``shared=`` only a part of the model travels, the rest is the client's own and may differ between clients in
+    every way. ``shared="head"`` is LG-FedAvg (Liang et al. 2020): bases of any architecture under one head;
+    ``shared="base"`` is FedPer without feedback. `FedRep` and `FedBABU` train the parts in turn.
 
     What becomes of each part of a model:
         parameters under `shared`: updates (trained − start) are averaged; dtypes come back as they went.
@@ -42,7 +43,8 @@ class FedAvg(Algorithm):
     40, 52, 59.
 
     Attributes:
-        shared: prefixes of entry names, whole path elements ("base", "encoder.0"); () shares everything.
+        shared: prefixes of entry names, whole path elements ("base", "encoder.0"), those after "!" taken out ("!head" is
+            all but the head); () shares everything.
         weighting: "num_examples" (pᵢ as above) or "uniform" (pᵢ = 1 / number of clients).
         model: a model to start from, in place of the one that the first client offers; stays at this machine.
         initial: a state to start from, such as a saved one; stays at this machine. Not together with `model`.
@@ -58,7 +60,7 @@ class FedAvg(Algorithm):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shared", (self.shared,) if isinstance(self.shared, str) else tuple(self.shared))
-        if not all(self.shared):
+        if not all(prefix.removeprefix("!") for prefix in self.shared):
             raise UsageError("shared= holds an empty prefix; leave shared out to share everything")
         if self.weighting not in ("num_examples", "uniform"):
             raise UsageError(f'weighting={self.weighting!r} is unknown; write "num_examples" or "uniform"')

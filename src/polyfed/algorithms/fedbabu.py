@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from polyfed.algorithms.fedavg import FedAvg
 from polyfed.algorithms.fedrep import others
 from polyfed.core.algorithm import Env, Fit, Fitted, Needs, Personalised
-from polyfed.core.errors import SpecError, UsageError
+from polyfed.core.errors import UsageError
 from polyfed.core.message import Memory, Message, State
 from polyfed.core.tree import Spec, Tree, part_of
 
@@ -20,11 +20,13 @@ class FedBABU(FedAvg):
     Oh, Kim and Yun, "FedBABU: Toward Enhanced Representation for Federated Image Classification", ICLR 2022,
     algorithm 1: θ ← Σ pᵢ (θ − η ∇_θ fᵢ(θ, h₀)); the personal model is (θ, h₀) after `fine_tune` epochs of everything.
 
-    The head is the server's, so that all bases learn under one, clients that joined late included. Fine-tuning is done
-    by `personalise`, at every evaluation and for the result; nothing of it is kept or sent.
+    The head is the server's, so that all bases learn under one, clients that joined late included; groups whose heads
+    differ in shape have one each. Fine-tuning is done by `personalise`, at every evaluation and for the result; nothing
+    of it is kept or sent.
 
-    Wire: down "params", "stats" (the base) and "head"; up as FedAvg(shared=...). Needs a model that trains a part of
-    itself. Invariants: 36, 40, and FedAvg's 16, 18-20, 26, 28, 52, 59.
+    Wire: down "params", "stats" (the base) and "head"; up as FedAvg(shared=...). State: "head.DIGEST" for each spec of
+    a head. Needs a model that trains a part of
+    itself. Invariants: 16, 18, 20, 26, 36, 40, 52.
 
     Trap: every evaluation costs the fine-tuning; with many rounds, evaluate every few (``evaluate_every=``).
 
@@ -47,28 +49,27 @@ class FedBABU(FedAvg):
         others(self.name, tuple(self.shared))
 
     def init(self, env: Env) -> State:
-        """FedAvg's, and "head".
+        """FedAvg's, and a head for each spec that heads have: that of the first group with it.
 
         Raises:
-            UsageError: `shared` leaves no head.
-            SpecError: the heads of two groups differ; names both groups and the entries.
+            UsageError: `shared` leaves a group no head.
         """
-        state, heads = super().init(env), {group: self.head(first) for group, first in env.first.items()}
-        chosen, *rest = heads
-        if not heads[chosen]:
-            raise UsageError(f"FedBABU: shared={self.shared!r} is all of {chosen or 'the model'}; leave it a head")
-        for group in rest:
-            if difference := heads[group].spec.difference(heads[chosen].spec):
-                raise SpecError(f"FedBABU trains all bases under one head, {group} has another: {difference}")
-        return state.put(trees={"head": heads[chosen]})
+        state, heads = super().init(env), dict[str, Tree]()
+        for group, first in env.first.items():
+            if not (spec := self.head_spec(first.spec)):
+                raise UsageError(f"FedBABU: shared={self.shared!r} is all of {group or 'the model'}; leave it a head")
+            heads.setdefault(_name(spec), first.only(spec))
+        return state.put(trees=heads)
 
-    def head(self, first: Tree) -> Tree:
-        """All of a state but base and buffers."""
-        shared = self.shared_names(first)
-        return first.only({name for name in first if name not in shared and part_of(name) != "buffers"})
+    def head_spec(self, state: Spec) -> Spec:
+        """Of a whole model's spec all but base and buffers."""
+        shared = self.shared_names(state)
+        return state.select(lambda name: name not in shared and part_of(name) != "buffers")
 
     def broadcast(self, state: State, client: str, env: Env) -> Message:
-        return super().broadcast(state, client, env).put(trees={"head": state.trees["head"]})
+        first = env.first[env.group] if env.group in env.first else next(iter(env.first.values()))
+        head = state.trees[_name(self.head_spec(first.spec))]
+        return super().broadcast(state, client, env).put(trees={"head": head})
 
     def start(self, message: Message, memory: Memory) -> tuple[Tree, ...]:
         return (*super().start(message, memory), message.trees["head"])
@@ -87,3 +88,7 @@ class FedBABU(FedAvg):
             return start
         fitted: Fitted = yield Fit(start=start, epochs=self.fine_tune)
         return (fitted.state,)
+
+
+def _name(head: Spec) -> str:
+    return f"head.{head.digest}"

@@ -23,7 +23,7 @@ class FedBN(FedAvg):
     nothing: ``downsample.1`` and the third layer of a Sequential are found, a linear layer called "bn" is not.
 
     Wire: as FedAvg, without those layers; no "stats" at all. Memory: the layers' parameters, statistics and buffers.
-    Invariants: 36, 40, and FedAvg's 16, 18-20, 26, 28, 52.
+    Invariants: 40, 52.
 
     Trap: a layer that keeps no statistics (LayerNorm, GroupNorm, BatchNorm with track_running_stats=False) is shared.
     There is no model that all share: `Result.model` says so; take a client's.

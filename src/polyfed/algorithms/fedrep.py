@@ -21,7 +21,7 @@ class FedRep(FedAvg):
     What is held stays bit for bit: normalisation of the base is in evaluation mode while the head trains.
 
     Wire: as FedAvg(shared=...). Memory: the head ("own"). Needs a model that trains a part of itself.
-    Invariants: 36, 40, and FedAvg's 16, 18-20, 26, 28, 52, 59.
+    Invariants: 16, 18, 20, 26, 36, 40, 52.
 
     Trap: the head sees `head_epochs` of the client's rows each round, not the epochs of its model.
 

@@ -30,7 +30,7 @@ class PFedMe(Personal):
     model that sees rows; its statistics are merged for w as in FedAvg.
 
     Wire: as FedAvg. Memory: "own" (θ̃ᵢ whole). Needs a model that takes loss terms.
-    Invariants: 36, and FedAvg's 16, 18, 20, 26, 28, 52, 59.
+    Invariants: 36, 40, and FedAvg's 16, 18, 20, 26, 28, 52, 59.
 
     Trap: K steps at the client's own learning rate; times λ it must stay below 2, or θ̃ leaps away from w (checked for
     plain SGD). With the paper's λ = 15 that is a rate below 0.13. A round is R · K steps, 100 by default.
