@@ -17,13 +17,14 @@ import keras
 from keras import layers
 
 from polyfed.core.algorithm import Env, Fit, Predict
-from polyfed.core.checks_model import MODEL_CHECKS, Case
+from polyfed.core.checks_model import MODEL_CHECKS, Case, nudged
 from polyfed.core.errors import CorruptError, DataError, SpecError, UsageError
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.terms import Distill, Near, Own
 from polyfed.core.tree import Tree
 from polyfed.models.keras import KerasModel, from_file, to_file
 from polyfed.models.keras import keras as pf_keras
+from polyfed.models.keras_backend import as_numpy
 
 THREE = Problem(("a", "b", "c"), 3)
 TWO = Problem(("no", "yes"), 2)
@@ -80,6 +81,12 @@ def compiled():
     return model
 
 
+@pytest.fixture(autouse=True)
+def drawn_from_a_seed():
+    """A model that a test builds outside of a factory has its weights from Keras's global seed."""
+    keras.utils.set_random_seed(11)
+
+
 @pytest.fixture
 def three():
     return rows_for(THREE), env_for(THREE)
@@ -116,6 +123,7 @@ CASES = {}
 
 
 def case_of(name):
+    keras.utils.set_random_seed(11)
     if name not in CASES:
         make, problem, call = MODELS[name]
         CASES[name] = Case(make(), rows_for(problem), env_for(problem), call)
@@ -229,10 +237,10 @@ def test_the_users_own_train_step_and_callbacks_still_run(three):
     seen = []
 
     class Own(Net):
-        def train_step(self, data):
-            x, y, weight = data
+        def train_step(self, *given):
+            *state, (x, y, weight) = given  # on jax, Keras hands the state over before the data
             seen.append(tuple(y.shape))
-            return super().train_step((x, y, weight))
+            return super().train_step(*state, (x, y, weight))
 
     class Counts(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -252,8 +260,10 @@ def test_a_train_step_without_compute_loss_is_refused(three):
     rows, env = three
 
     class Deaf(Net):
-        def train_step(self, data):
-            return {"loss": keras.ops.mean(self(data[0]))}
+        def train_step(self, *given):
+            *state, data = given
+            logs = {"loss": keras.ops.mean(self(data[0]))}
+            return (logs, *state) if state else logs
 
     with pytest.raises(UsageError, match=r"north: Deaf\.train_step does not call self\.compute_loss"):
         pf_keras(Deaf).fit(Fit(), rows, env)
@@ -269,8 +279,42 @@ def test_a_loop_of_ones_own_trains_with_the_terms(three):
     adapter = pf_keras(plain(), lr=0.1, epochs=2)
     mine = KerasModel(adapter.source, replace(adapter.options, train=train))
     assert mine.fit(Fit(), rows, env).state == adapter.fit(Fit(), rows, env).state
-    assert mine.fit(Fit(steps=3), rows, env).steps == 3
+    short = mine.fit(Fit(steps=3), rows, env)
+    assert short.steps == 3
+    assert mine.fit(Fit(steps=3), rows, env).metrics == short.metrics, "Keras's metrics must start anew in each fit"
     assert "sgd" not in mine.offers
+
+
+def test_a_loop_of_ones_own_sees_the_model_that_each_step_made(three):
+    rows, env = three
+    seen = []
+
+    def train(training):
+        for batch in training.batches():
+            training.step(batch)
+            seen.append(float(np.abs(np.asarray(quietly(training.model.get_weights)[0])).sum()))
+
+    state = pf_keras(plain(), lr=0.1, epochs=2, train=train).fit(Fit(), rows, env).state
+    assert len(set(seen)) == len(seen) == 4
+    assert seen[-1] == float(np.abs(state["dense/kernel"]).sum())
+
+
+def test_the_loss_of_a_loop_of_ones_own_is_the_sum_of_the_terms(three):
+    rows, env = three
+    losses = []
+
+    def train(training):
+        for batch in training.batches():
+            losses.append(float(as_numpy(training.loss(batch))))
+
+    mine, plainly = pf_keras(plain(), lr=0.1, train=train, shuffle=False), pf_keras(plain(), lr=0.1, shuffle=False)
+    asked = Fit(terms=(Own(), Near(2.0)), tensors={"anchor": nudged(mine.first(rows, env))}, steps=1)
+    if keras.backend.backend() == "jax":
+        with pytest.raises(UsageError, match=r"north: jax .* call training\.step\(batch\)"):
+            mine.fit(asked, rows, env)
+        return
+    mine.fit(asked, rows, env)
+    assert losses == [pytest.approx(plainly.fit(asked, rows, env).metrics["loss"], rel=1e-6)]
 
 
 # ------------------------------------------------------------------------------------------------ terms
@@ -400,14 +444,24 @@ def test_dropout_follows_the_task_and_nothing_else(three):
     assert one.fit(Fit(), rows, replace(env, number=1)).state != one.fit(Fit(), rows, env).state
 
 
-def test_unseeded_keras_random_follows_the_task(three):
+@pytest.mark.parametrize("seeded", [True, False])
+def test_keras_random_follows_the_task(three, seeded):
     rows, env = three
 
     class Noisy(Net):
+        def __init__(self):
+            super().__init__()
+            self.seed = keras.random.SeedGenerator(5) if seeded else None
+
         def call(self, x, training=False):
-            return super().call(x + keras.random.normal(keras.ops.shape(x)) * float(training), training=training)
+            noise = keras.random.normal(keras.ops.shape(x), seed=self.seed)
+            return super().call(x + noise * float(training), training=training)
 
     adapter = pf_keras(Noisy, lr=0.1, shuffle=False)
+    if keras.backend.backend() == "jax" and not seeded:
+        with pytest.raises(UsageError, match="Noisy draws at random without a seed"):
+            adapter.fit(Fit(), rows, env)
+        return
     one = adapter.fit(Fit(), rows, env).state
     assert adapter.fit(Fit(), rows, replace(env, number=1)).state != one
     assert adapter.fit(Fit(), rows, env).state == one

@@ -1,4 +1,4 @@
-"""`polyfed.keras`: a Keras 3 model as a participant's, on the torch or the tensorflow backend.
+"""`polyfed.keras`: a Keras 3 model as a participant's, on the torch, the tensorflow or the jax backend.
 
 The user's model gets a subclass of its own class whose `compute_loss` sums the request's terms and whose `train_step`
 takes the row targets out of ``y``; everything else (forward, backward, optimizer, metrics, callbacks, a `train_step`
@@ -20,7 +20,7 @@ from polyfed.core.algorithm import Env, Fit, Fitted, Predict
 from polyfed.core.errors import DataError, UsageError
 from polyfed.core.rows import Rows
 from polyfed.core.tree import Array, Tree
-from polyfed.models.keras_backend import array_of, generators, library
+from polyfed.models.keras_backend import array_of, as_written, generators, library
 from polyfed.models.keras_file import Luggage, from_file, to_file
 from polyfed.models.keras_names import architecture_of, kind_of, names_of, origin_of, token_of, walk
 from polyfed.models.keras_resident import Options, Outputs, Resident
@@ -251,7 +251,7 @@ class KerasModel:
             raise DataError(f"{env.client}: no rows to train on")
         resident, number = self._kept(rows, env), env.integer("keras")
         start = self._start(request.start, rows, env)
-        with generators(number), warnings.catch_warnings():
+        with generators(number), as_written(), warnings.catch_warnings():
             # a term that reads features alone leaves the last layer without a gradient, which is what it means
             warnings.filterwarnings("ignore", message="Gradients do not exist")
             resident.load(start, number)
@@ -259,6 +259,7 @@ class KerasModel:
                 resident.begin(request, env.client)
                 training = Training(resident, rows, request, env, self.options)
                 (self.options.train or Training.run)(training)
+                resident.sync()
                 resident.model.optimizer.finalize_variable_values(resident.model.trainable_variables)
                 state = resident.state(start, request.part)
             finally:
@@ -270,7 +271,7 @@ class KerasModel:
         if request.what == "features" and "features" not in self.offers:
             raise UsageError(f"{self.kind} has no Dense layer whose input could be its features; name one: features=")
         resident, number = self._kept(rows, env), env.integer("keras")
-        with generators(number):
+        with generators(number), as_written():
             resident.load(self._start(request.start, rows, env), number)
             return resident.predict(rows, request.what)
 

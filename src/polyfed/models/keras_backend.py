@@ -16,6 +16,8 @@ import numpy as np
 from polyfed.core.errors import MissingExtraError, UsageError
 from polyfed.core.tree import DTYPES, Array
 
+BACKENDS = ("torch", "tensorflow", "jax")
+
 
 def library() -> Any:
     """Keras, on the backend that the user chose; torch where nothing is chosen and torch is there."""
@@ -26,16 +28,25 @@ def library() -> Any:
         import keras as library
     except ImportError as error:
         raise MissingExtraError("keras", "keras") from error
-    if int(library.__version__.split(".")[0]) < 3 or library.backend.backend() not in ("torch", "tensorflow"):
+    if int(library.__version__.split(".")[0]) < 3 or library.backend.backend() not in BACKENDS:
         raise UsageError(
-            f"pf.keras takes Keras 3 on torch or tensorflow, this is Keras {library.__version__} on "
+            f"pf.keras takes Keras 3 on {', '.join(BACKENDS)}, this is Keras {library.__version__} on "
             f"{library.backend.backend()}; set KERAS_BACKEND before the first import of keras"
         )
     return library
 
 
+def backend() -> str:
+    """One of `BACKENDS`."""
+    return str(library().backend.backend())
+
+
 def is_torch() -> bool:
-    return bool(library().backend.backend() == "torch")
+    return backend() == "torch"
+
+
+def is_jax() -> bool:
+    return backend() == "jax"
 
 
 def one_thread() -> None:
@@ -44,15 +55,40 @@ def one_thread() -> None:
         import torch
 
         torch.set_num_threads(1)
+    elif backend() == "tensorflow":
+        import tensorflow as tf
+
+        with contextlib.suppress(RuntimeError):  # tensorflow has started already: its threads stay as they are
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """Has tensorflow run graphs operation by operation, as they were written.
+
+    Its graph optimizer fuses and reorders by what else stands in the graph: a term of weight 0 beside the own loss would
+    change the last bits of what the own loss teaches. Small nets are not slower without it.
+    """
+    if backend() != "tensorflow":
+        yield
         return
     import tensorflow as tf
 
-    with contextlib.suppress(RuntimeError):  # tensorflow has started already: its threads stay as they are
-        tf.config.threading.set_intra_op_parallelism_threads(1)
+    settings, name = tf.config.optimizer, "disable_meta_optimizer"
+    kept = settings.get_experimental_options().get(name, False)
+    settings.set_experimental_options({name: True})
+    try:
+        yield
+    finally:
+        settings.set_experimental_options({name: kept})
 
 
 def tensor_of(array: Array) -> Any:
     """A copy in the backend's own aligned storage."""
+    if is_jax():
+        import jax
+
+        return jax.numpy.array(array)
     if not is_torch():
         import tensorflow as tf
 
@@ -65,8 +101,11 @@ def tensor_of(array: Array) -> Any:
 
 
 def rows_at(tensor: Any, index: Any) -> Any:
-    if hasattr(tensor, "index_select"):
+    """The rows of a tensor at the positions that an index tensor holds."""
+    if is_torch():
         return tensor.index_select(0, index)
+    if is_jax():  # an operation outside of a compiled function costs jax more than numpy's copy
+        return tensor_of(np.asarray(tensor)[np.asarray(index)])
     import tensorflow as tf
 
     return tf.gather(tensor, index)
@@ -135,8 +174,8 @@ def _own_generator(number: int) -> Any:
 def _backend_generators(number: int) -> Callable[[], None]:
     """Seeds the backend's own global generator; returns what puts it back.
 
-    On tensorflow there is nothing to seed: Keras draws by `keras.random`, whose seeds the model holds, and a raw
-    ``tf.random`` operation inside a traced function takes its seed when it is traced.
+    On tensorflow and jax there is nothing to seed: Keras draws by `keras.random`, whose seeds the model holds. A raw
+    ``tf.random`` operation inside a traced function takes its seed when it is traced; jax has no global generator.
     """
     if not is_torch():
         return lambda: None

@@ -6,7 +6,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,19 +15,20 @@ from polyfed.core import seed
 from polyfed.core.algorithm import Fit
 from polyfed.core.errors import UsageError
 from polyfed.core.rows import Problem, Rows
+from polyfed.core.terms import Term
 from polyfed.core.tree import Array, Tree, is_under, part_of
 from polyfed.models.keras_backend import (
     array_of,
     as_numpy,
     config_of,
     generators,
+    is_jax,
     is_torch,
     library,
     one_thread,
     rows_at,
     single,
     tensor_of,
-    value_of,
 )
 from polyfed.models.keras_names import names_of
 from polyfed.models.keras_source import (
@@ -37,14 +38,16 @@ from polyfed.models.keras_source import (
     compile_arguments,
     from_logits,
     last_dense,
+    last_layer,
     optimizer_of,
 )
-from polyfed.models.keras_step import Plan, Step, become, capturing, federated, flat, operations
+from polyfed.models.keras_step import Plan, Step, become, capturing, federated, flat, operations, tap
 
 Outputs = Literal["auto", "logits", "probabilities"]
 PREDICT_BATCH = 256  # fixed: another batch size may round otherwise
 TINY = 1e-7  # probabilities are clipped here before a logarithm, as Keras does
 TRACES = 8  # train functions kept for one model
+JAX_STATE = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,10 @@ class Resident:
                 self.loss = self._named_loss(self.loss)
             model.compile(optimizer=self.template, loss=self.loss, metrics=compile_arguments(model).get("metrics"))
         self.optimizers: dict[tuple[str, ...], tuple[Any, list[Array]]] = {}
-        self.programs: OrderedDict[Hashable, Program] = OrderedDict()
+        self.programs: OrderedDict[Hashable, Any] = OrderedDict()  # train functions, by what they were traced for
+        if is_jax() and self.form in ("softmax", "sigmoid"):
+            tap(last_layer(model), self.plan)
+        self.values: Any = None  # on jax: of all variables, after the last step
         self.dense = last_dense(model, options.features)
         if self.dense is not None:
             become(self.dense, capturing(type(self.dense), self.plan))
@@ -161,7 +167,7 @@ class Resident:
     def logits(self, out: Any) -> Any:
         """(batch, classes) log-odds or log-probabilities, whichever the model has, stable in both; values as they are."""
         ops = self.keras.ops
-        inner = getattr(out, "_keras_logits", None)
+        inner = getattr(out, "_keras_logits", self.plan.logits)
         out = ops.cast(out, "float32")
         if self.form == "values":
             return ops.reshape(out, (-1, self.width))
@@ -241,7 +247,9 @@ class Resident:
                 variable.trainable = name in trained
         self._choose_optimizer(tuple(trained))
         self.plan.terms, self.plan.params = request.terms, trained
-        self._choose_program(request, tuple(trained))
+        self.plan.tensors = {n: {k: tensor_of(a) for k, a in t.items()} for n, t in request.tensors.items()}
+        self._choose_program(request.terms, tuple(trained))
+        self.model.reset_metrics()
         if is_torch():
             self.model.train()  # for torch modules wrapped inside
 
@@ -255,28 +263,59 @@ class Resident:
             variable.assign(value)
         self.model.optimizer = optimizer
 
-    def _choose_program(self, request: Fit, names: tuple[str, ...]) -> None:
-        if self.keras.backend.backend() == "torch":
-            self.plan.tensors = {n: {k: tensor_of(a) for k, a in t.items()} for n, t in request.tensors.items()}
-            self.model.make_train_function()
-            return
-        name = (request.terms, names, tuple((n, t.spec.digest) for n, t in request.tensors.items()))
-        program = self.programs.pop(name, None) or Program(request.tensors, self.keras)
-        program.receive(request.tensors)
-        self.programs[name] = program
+    def _choose_program(self, terms: tuple[Term, ...], names: tuple[str, ...]) -> None:
+        """A train function for these terms over these parameters; each is traced by itself, for each shape of batch."""
+        model, name = self.model, (terms, names)
+        model.train_function = self.programs.pop(name, None)
+        if is_jax() and model.train_function is None:
+            # jax knows a traced function by equality, and a model's bound methods are equal: each gets an own one
+            object.__setattr__(model, "train_step", partial(type(model).train_step, model))
+        model.make_train_function()
+        self.programs[name] = model.train_function
         if len(self.programs) > TRACES:
             self.programs.popitem(last=False)
-        self.plan.tensors = program.tensors
-        self.model.train_function = program.function
-        self.model.make_train_function()
-        program.function = self.model.train_function
+        if is_jax():
+            model._jax_state, model._jax_state_synced = None, True  # noqa: SLF001  # what a failed fit may have left
+
+    def train(self, x: Any, columns: Mapping[str, Any], weight: Any) -> Mapping[str, Any]:
+        """One step of the model's own `train_step`; returns Keras's logs."""
+        plan, tensors = self.plan, self.plan.tensors
+        plan.columns = columns
+        data = (x, (columns, tensors), weight)
+        try:
+            return self._train_on_jax(data) if is_jax() else self.model.train_function([data])
+        finally:
+            plan.columns, plan.tensors = columns, tensors  # a trace has put its symbols there
+
+    def _train_on_jax(self, data: Any) -> Mapping[str, Any]:
+        """As `keras.Model.fit` does it: values go from step to step; variables get them when somebody asks (`sync`)."""
+        model = self.model
+        if model._jax_state_synced:  # noqa: SLF001  # Keras's own protocol, which its callbacks follow
+            self.values = model._get_jax_state(**dict.fromkeys(JAX_STATE, True))  # noqa: SLF001  # as above
+        try:
+            logs, self.values = model.train_function(self.values, iter([data]))
+        except ValueError as error:
+            if "[JAX RNG]" not in str(error):
+                raise
+            raise UsageError(
+                f"{type(model).__name__} draws at random without a seed, which jax would freeze into its compiled step; "
+                "keep a keras.random.SeedGenerator in the layer and pass it as seed="
+            ) from error
+        model._jax_state = dict(zip(JAX_STATE, self.values, strict=True))  # noqa: SLF001  # as above
+        model._jax_state_synced = False  # noqa: SLF001  # as above
+        return dict(logs)
+
+    def sync(self) -> None:
+        """Brings the values of the steps so far into the model's variables; only jax keeps them elsewhere."""
+        if is_jax():
+            self.model.jax_state_sync()
 
     def end(self) -> None:
         for name, variable in self.variables.items():
             if part_of(name) == "params" and not variable.trainable:
                 variable.trainable = True
         self.plan.terms, self.plan.tensors, self.plan.params, self.plan.columns = None, {}, {}, {}
-        self.plan.captured = None
+        self.plan.captured = self.plan.logits = None
         if is_torch():
             self.model.eval()
 
@@ -285,7 +324,7 @@ class Resident:
         for begin in range(0, len(rows), PREDICT_BATCH):
             index = np.arange(begin, min(begin + PREDICT_BATCH, len(rows)))
             parts.append(self.model.predict_on_batch(self.inputs(rows, index))[what])
-        self.plan.captured = None
+        self.plan.captured = self.plan.logits = None
         if not parts:
             return np.zeros((0, self.problem.outputs), np.float32)
         return np.ascontiguousarray(np.concatenate(parts), np.float32)
@@ -294,28 +333,12 @@ class Resident:
         plan = self.plan
         targets = {name[2:]: self._beside(value) for name, value in plan.columns.items() if name.startswith("t:")}
         params = {name: v.value for name, v in plan.params.items()}
-        tensors = {n: {k: value_of(a) for k, a in t.items()} for n, t in plan.tensors.items()}
         captured = None if plan.captured is None else flat(plan.captured, self.keras.ops)
-        return Step(self.logits(out), captured, plan.columns.get("y"), params, tensors, targets, loss, self.keras.ops)
+        y = plan.columns.get("y")
+        return Step(self.logits(out), captured, y, params, plan.tensors, targets, loss, self.keras.ops)
 
     def _beside(self, target: Any) -> Any:
         """One value a row stands as a column beside a regression's one output."""
         if self.form == "values" and len(target.shape) == 1:
             return self.keras.ops.reshape(target, (-1, 1))
         return target
-
-
-class Program:
-    """A traced train function and the variables through which it reads received trees."""
-
-    def __init__(self, tensors: Mapping[str, Tree], library: Any) -> None:
-        self.function: Any = None
-        self.tensors = {
-            name: {k: library.Variable(np.array(a), trainable=False, dtype=str(a.dtype)) for k, a in tree.items()}
-            for name, tree in tensors.items()
-        }
-
-    def receive(self, tensors: Mapping[str, Tree]) -> None:
-        for name, tree in tensors.items():
-            for entry, array in tree.items():
-                self.tensors[name][entry].assign(np.array(array))

@@ -137,8 +137,8 @@ def last_dense(model: Any, name: str | None) -> Any:
     return dense[-1] if dense else None
 
 
-def activation_of(model: Any) -> str | None:
-    """What a Sequential or functional model ends in: logits, softmax or sigmoid; None when it does not show."""
+def last_layer(model: Any) -> Any:
+    """The layer that a Sequential or functional model ends in; None when it does not show."""
     top = library()
     last: Any = model
     while isinstance(last, top.Model):
@@ -148,11 +148,16 @@ def activation_of(model: Any) -> str | None:
             last = last.output._keras_history.operation  # noqa: SLF001  # the graph has no public reader
         else:
             return None
+    return last if isinstance(last, top.layers.Layer) else None
+
+
+def activation_of(model: Any) -> str | None:
+    """What a model's last layer gives: logits, softmax or sigmoid; None when it does not show."""
+    last = last_layer(model)
     if type(last).__name__ in ("Softmax", "Sigmoid"):
         return type(last).__name__.lower()
-    function = getattr(last, "activation", None)
     names = {"linear": "logits", "softmax": "softmax", "sigmoid": "sigmoid"}
-    return names.get(getattr(function, "__name__", "")) if isinstance(last, top.layers.Layer) else None
+    return names.get(getattr(getattr(last, "activation", None), "__name__", ""))
 
 
 def from_logits(loss: Any) -> bool | None:

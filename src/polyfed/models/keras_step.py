@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyfed.core.errors import DataError, UsageError
 from polyfed.core.terms import Term
-from polyfed.models.keras_backend import library
+from polyfed.models.keras_backend import is_jax, library
 
 if TYPE_CHECKING:
     from polyfed.models.keras_resident import Resident
@@ -17,13 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Plan:
-    """What the model's subclass reads while one batch is worked on; on tensorflow, while it is traced."""
+    """What the model's subclass reads while one batch is worked on; on tensorflow and jax, while it is traced.
+
+    What differs from batch to batch or from fit to fit (columns, tensors) comes through the train step's data, or it
+    would be frozen into the trace.
+    """
 
     terms: tuple[Term, ...] | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     columns: Mapping[str, Any] = field(default_factory=dict)
     captured: Any = None
+    logits: Any = None
     losses: int = 0
 
 
@@ -55,11 +60,12 @@ def federated(base: type, resident: Resident) -> type:
     """The user's class, with a loss that sums the terms of the plan."""
     plan = resident.plan
 
-    def train_step(self: Any, data: Any) -> Any:
-        x, y, weight = data
-        plan.columns = y
-        own = resident.encoded(y["y"]) if "y" in y else None
-        return base.train_step(self, (x, own, weight))  # type: ignore[attr-defined]  # a keras.Model has it
+    def train_step(self: Any, *given: Any) -> Any:
+        *state, (x, (plan.columns, plan.tensors), weight) = (
+            given  # jax hands the variables' values over before the data
+        )
+        own = resident.encoded(plan.columns["y"]) if "y" in plan.columns else None
+        return base.train_step(self, *state, (x, own, weight))  # type: ignore[attr-defined]  # a keras.Model has it
 
     def compute_loss(
         self: Any, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -80,11 +86,13 @@ def federated(base: type, resident: Resident) -> type:
             return {"loss": self.metrics[0].result()}
         return base.compute_metrics(self, x, y, y_pred, sample_weight)  # type: ignore[attr-defined]  # a keras.Model has it
 
-    def predict_step(self: Any, data: Any) -> Any:
-        found = {"logits": resident.logits(base.predict_step(self, data))}  # type: ignore[attr-defined]  # a keras.Model has it
+    def predict_step(self: Any, *given: Any) -> Any:
+        made = base.predict_step(self, *given)  # type: ignore[attr-defined]  # a keras.Model has it
+        outputs, *state = made if is_jax() else (made,)
+        found = {"logits": resident.logits(outputs)}
         if plan.captured is not None:
             found["features"] = flat(plan.captured, resident.keras.ops)
-        return found
+        return (found, *state) if state else found
 
     functions = (train_step, compute_loss, compute_metrics, predict_step)
     return type(base.__name__, (base,), {f.__name__: f for f in functions})
@@ -102,6 +110,26 @@ def capturing(base: type, plan: Plan) -> type:
         return base.call(self, inputs, *args, **kwargs)  # type: ignore[attr-defined]  # a keras Layer has it
 
     return type(base.__name__, (base,), {"call": call})
+
+
+def tap(layer: Any, plan: Plan) -> None:
+    """Has a last softmax or sigmoid show what goes into it: on jax, arrays cannot carry it as an attribute of theirs."""
+    activation = getattr(layer, "activation", None)
+    if activation is None:  # a layer that is nothing but the activation
+        base = type(layer)
+
+        def call(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            plan.logits = inputs
+            return base.call(self, inputs, *args, **kwargs)
+
+        become(layer, type(base.__name__, (base,), {"call": call}))
+        return
+
+    def shown(inputs: Any) -> Any:
+        plan.logits = inputs
+        return activation(inputs)
+
+    layer.activation = shown
 
 
 def become(thing: Any, kind: type) -> None:

@@ -11,7 +11,7 @@ from polyfed.core.algorithm import Env, Fit
 from polyfed.core.errors import UsageError
 from polyfed.core.rows import Rows
 from polyfed.core.tree import Array
-from polyfed.models.keras_backend import as_numpy, library, rows_at, tensor_of
+from polyfed.models.keras_backend import as_numpy, is_jax, library, rows_at, tensor_of
 from polyfed.models.keras_resident import Options, Resident
 from polyfed.models.keras_source import rate_of
 
@@ -54,12 +54,20 @@ class Training:
     def loss(self, batch: Batch) -> Any:
         """The sum of the terms on a batch, from a forward pass in training mode; for loops that step by themselves."""
         x, columns, weight = batch
+        if is_jax():
+            raise UsageError(
+                f"{self._env.client}: jax differentiates functions of values, and training.loss reads the model's own "
+                "variables; call training.step(batch), or take the torch or tensorflow backend"
+            )
+        self._resident.plan.columns = columns
         own = self._resident.encoded(columns["y"]) if "y" in columns else None
         return self.model.compute_loss(x, own, self.model(x, training=True), weight)
 
     def step(self, batch: Batch) -> Mapping[str, Any]:
         """One optimizer step on a batch by the model's own `train_step`; returns Keras's logs."""
-        self._logs = self.model.train_function([batch])
+        self._logs = self._resident.train(*batch)
+        if self.options.train is not None:
+            self._resident.sync()  # the user's loop may look at the model
         if not self._resident.plan.losses:
             raise UsageError(
                 f"{self._env.client}: {type(self.model).__name__}.train_step does not call self.compute_loss(...), so "
@@ -80,6 +88,7 @@ class Training:
                 callbacks.on_train_batch_end(place, self.step(batch))
                 if self.model.stop_training:
                     break
+            self._resident.sync()
             callbacks.on_epoch_end(epoch, self.metrics() if callbacks.callbacks else {})
             if self.model.stop_training:
                 break
@@ -103,7 +112,6 @@ class Training:
             at = tensor_of(index)
             columns = {name: rows_at(value, at) for name, value in self._columns.items()}
             weight = None if self._weights is None else rows_at(self._weights, at)
-            self._resident.plan.columns = columns
             self.steps_done += 1
             yield self._resident.inputs(self._rows, index), columns, weight
 
