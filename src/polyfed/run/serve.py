@@ -36,7 +36,7 @@ from polyfed.data import Raw
 from polyfed.network.forms import Enrolment, Recalled
 from polyfed.network.limits import DEFAULT, NetworkLimits
 from polyfed.run.student import student_of
-from polyfed.run.trainers import trainers_at_server
+from polyfed.run.trainers import check_trainers, trainers_at_server
 from polyfed.storage.blobs import FileBlobs
 from polyfed.storage.journal import FileJournal
 
@@ -102,6 +102,7 @@ class Host:
     ) -> None:
         self.folder = None if journal is None else Path(journal)
         self.algorithm = _with_public(algorithm, public)
+        check_trainers(self.algorithm)
         self.limit, self.stop = _limit(rounds, stop)
         self.stop.check(clients, evaluates=evaluate_every > 0)
         self.rules = Rules(
@@ -148,7 +149,10 @@ class Host:
         self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
     ) -> dict[str, Site]:
         assert self.problem is not None
-        learners = {groups[name]: name for name, enrolment in enrolments.items() if "terms" in enrolment.offers}
+        learners: dict[str, str] = {}
+        for name, enrolment in enrolments.items():
+            if "terms" in enrolment.offers:
+                learners.setdefault(groups[name], name)
         return trainers_at_server(self.algorithm, first, learners, self._public(), self.problem, seed=self.rules.seed)
 
     def _public(self) -> Raw | None:

@@ -57,20 +57,27 @@ def trainers_at_server(
     `first` is each group's first state, `learners` names one client of each group whose models learn by gradient.
 
     Raises:
-        UsageError: there are no public rows, or a group that learns has no model in ``models=``.
+        UsageError: a group that learns has no model in ``models=``.
     """
     student = getattr(algorithm, "student", None)
-    if student is None and not algorithm.trains_groups:
-        return {}
-    if public is None:
-        raise UsageError(f"{algorithm.name} trains at the server, on public rows: give public=rows")
     models = {} if student is None else {"student": student}
+    if public is None or not (models or algorithm.trains_groups):
+        return {}
     if algorithm.trains_groups:
         models |= matched(algorithm, first, public, problem, seed=seed)
-        for group, client in learners.items():
-            if group not in models:
-                raise UsageError(
-                    f"{algorithm.name} trains a model like {client}'s ({group}) and a server over the network has none: "
-                    f"give {algorithm.name}(models=[...]) with one of its architecture"
-                )
+    for group, client in learners.items() if algorithm.trains_groups else ():
+        if group not in models:
+            raise UsageError(
+                f"{algorithm.name} trains a model like {client}'s ({group}) and a server over the network has none: "
+                f"give {algorithm.name}(models=[...]) with one of its architecture"
+            )
     return public_sites(models, algorithm, public, problem, seed=seed) if models else {}
+
+
+def check_trainers(algorithm: Algorithm) -> None:
+    """What can be said before anybody dials in; raises `UsageError` for a student or public rows that are missing."""
+    has_student, student = hasattr(algorithm, "student"), getattr(algorithm, "student", None)
+    if has_student and student is None:
+        raise UsageError(f"{algorithm.name} needs a model to train: give student=, such as student=pf.torch(net)")
+    if (has_student or algorithm.trains_groups) and getattr(algorithm, "public", None) is None:
+        raise UsageError(f"{algorithm.name} trains at the server, on public rows: give public=rows")
