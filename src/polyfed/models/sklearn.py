@@ -12,8 +12,9 @@ LogisticRegression                     coefficients; a whole fit from where they
 SGDClassifier, SGDRegressor,           coefficients or layers; `epochs` passes of ``partial_fit``    local SGD
 Perceptron, MLPClassifier,
 MLPRegressor
-anything else: forests, boosting,      the recipe of the fit: its seed, the soft labels of the       by predictions only
-neighbours, SVC, pipelines, ensembles  public rows
+anything else: forests, boosting       the recipe of the fit: its seed, the soft labels of the       by predictions only
+(LightGBM's and XGBoost's too), SVC,   public rows
+neighbours, pipelines, ensembles
 =====================================  ============================================================  ==================
 
 Only the estimators themselves count, not their subclasses, which may compute something else: a subclass takes part
@@ -282,9 +283,11 @@ def _report(estimator: Estimator, settings: Settings, family: Family) -> Mapping
     told: dict[str, str | float | int | bool] = {}
     if isinstance(family, (Descent, Layers)):
         told |= {"epochs": settings.epochs, "batch_size": settings.batch_size}
-    usual = {name: p.default for name, p in inspect.signature(type(estimator)).parameters.items()}
+    usual: dict[str, Any] = {}
+    for kind in reversed(type(estimator).__mro__):  # XGBoost's parameters are declared by its base classes
+        usual |= {name: p.default for name, p in inspect.signature(kind).parameters.items()}
     for name, value in estimator.get_params(deep=False).items():
-        if name in ("random_state", "n_jobs", "verbose") or repr(value) == repr(usual[name]):
+        if name in ("random_state", "n_jobs", "verbose") or repr(value) == repr(usual.get(name)):
             continue
         told[name] = value if isinstance(value, (str, float, int, bool)) else " ".join(repr(value).split())[:200]
     return told

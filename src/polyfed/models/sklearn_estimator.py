@@ -19,6 +19,7 @@ from polyfed.core.algorithm import Env
 from polyfed.core.errors import UsageError
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.tree import Array, Tree
+from polyfed.models.sklearn_boosting import repeatable
 from polyfed.models.sklearn_rows import Lesson
 
 Estimator = Any  # scikit-learn has no types
@@ -65,6 +66,9 @@ def prepared(estimator: Estimator, value: int) -> Estimator:
     found = made.get_params(deep=True)
     given: dict[str, Any] = {n: seed.integer(value, n) for n in found if n.rpartition("__")[2] == "random_state"}
     given |= {n: None for n, v in found.items() if n.rpartition("__")[2] == "n_jobs" and v is not None}
+    given |= repeatable(made)
+    for name, inner in found.items():
+        given |= repeatable(inner, f"{name}__")
     for name, inner in found.items():  # splitters hold a random_state but are no estimators: reached by no name
         if hasattr(inner, "random_state") and not hasattr(inner, "get_params"):
             given[name] = copy.copy(inner)

@@ -1,4 +1,4 @@
-"""Fitted estimators in files without pickle: the format of skops.
+"""Fitted estimators in files without pickle: the format of skops; for LightGBM and XGBoost their own, as JSON.
 
 Loading builds only what a closed list allows: scikit-learn's own estimators and the few types that their fits hold. A
 tree's arrays come from the file and its compiled code does not check them, so they are checked here before it runs.
@@ -22,6 +22,7 @@ from sklearn.tree._tree import Tree
 
 from polyfed.core.errors import CorruptError, UsageError
 from polyfed.core.tree import Array
+from polyfed.models import sklearn_boosting_file as boosting
 
 FORESTS = (BaseForest, GradientBoostingClassifier, GradientBoostingRegressor)
 
@@ -68,6 +69,9 @@ def to_file(estimator: Any, path: str | PathLike[str]) -> None:
     Raises:
         UsageError: it holds types that could not be loaded again (a user's own transformer, a function).
     """
+    if boosting.is_boosted(estimator):
+        Path(path).write_bytes(boosting.to_bytes(estimator))
+        return
     data = skops.io.dumps(estimator, compression=zipfile.ZIP_DEFLATED)
     _refuse(data, f"this {type(estimator).__name__} cannot be saved")
     Path(path).write_bytes(data)
@@ -82,10 +86,14 @@ def from_file(path: str | PathLike[str]) -> Any:
     """
     data = Path(path).read_bytes()
     try:
+        if data[:1] == b"{":  # a file of skops is a zip
+            return boosting.from_bytes(data)
         _refuse(data, f"{path} is not loaded")
         made = skops.io.loads(data, trusted=sorted(ALLOWED))
     except UsageError:
         raise
+    except CorruptError as error:
+        raise CorruptError(f"{path} cannot be read as an estimator: {error}") from error
     except Exception as error:  # a damaged file fails anywhere in zip, JSON or numpy
         raise CorruptError(f"{path} cannot be read as an estimator: {type(error).__name__}: {error}") from error
     _check_trees(made, None, None, set())

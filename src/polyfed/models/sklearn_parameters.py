@@ -35,7 +35,7 @@ class Logistic:
     floor of the predictions.
     """
 
-    offers = frozenset({"params", "predict", "distill"})
+    offers = frozenset({"params", "predict", "distill", "iterates"})
     needs_rows = False
 
     def first(self, estimator: Estimator, rows: Rows, env: Env) -> Tree:
@@ -100,7 +100,7 @@ class Descent:
     The count of rows seen, which the learning rate's schedule runs by, is a buffer of the state.
     """
 
-    offers = frozenset({"params", "predict", "distill"})
+    offers = frozenset({"params", "predict", "distill", "iterates"})
     needs_rows = False
 
     def first(self, estimator: Estimator, rows: Rows, env: Env) -> Tree:
@@ -134,7 +134,7 @@ class Descent:
 class Layers:
     """`MLPClassifier`, `MLPRegressor` with a stochastic solver: minibatches of ``partial_fit``, a fresh optimizer each fit."""
 
-    offers = frozenset({"params", "predict", "distill"})
+    offers = frozenset({"params", "predict", "distill", "iterates"})
     needs_rows = False
 
     def first(self, estimator: Estimator, rows: Rows, env: Env) -> Tree:

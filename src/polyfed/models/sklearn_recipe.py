@@ -16,6 +16,8 @@ from polyfed.core.algorithm import Env
 from polyfed.core.errors import DataError, UsageError
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.tree import Array, Tree
+from polyfed.models.sklearn_boosting import labelled as labelled_by_any
+from polyfed.models.sklearn_boosting import plain
 from polyfed.models.sklearn_estimator import Estimator, Settings, alone, prepared
 from polyfed.models.sklearn_rows import Batch, Lesson, Soft, digest, joined, labelled, softened
 
@@ -58,9 +60,9 @@ class Recipe:
         value = int(state[SEED])
         if value == UNTRAINED:
             return None
-        made, weighted = prepared(estimator, value), takes_weights(estimator)
+        made, weighted = labelled_by_any(prepared(estimator, value)), takes_weights(estimator)
         batch = self._batch(state, env, settings, weighted=weighted)
-        return _fitted(made, batch, env.problem, seed.integer(value, "global"), names, weighted=weighted)
+        return plain(_fitted(made, batch, env.problem, seed.integer(value, "global"), names, weighted=weighted))
 
     def _batch(self, state: Tree, env: Env, settings: Settings, *, weighted: bool) -> Batch:
         weight, own = float(state[WEIGHT]), env.train
