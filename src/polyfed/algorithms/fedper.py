@@ -97,7 +97,11 @@ class FedPer(FedAvg):
 
     def init(self, env: Env) -> State:
         state = super().init(env)
-        return state.put(numbers=self._consensus.counted(env)) if self.feedback == "distill" else state
+        if self.feedback != "distill":
+            return state
+        if self.public is None and env.public is None:
+            raise UsageError('FedPer(feedback="distill") needs public rows that every client can predict: public=rows')
+        return state.put(numbers=self._consensus.counted(env))
 
     def broadcast(self, state: State, client: str, env: Env) -> Message:
         sent = super().broadcast(state, client, env).put(numbers=state.numbers)
