@@ -226,7 +226,8 @@ class Training:
     def run(self) -> Fitted:
         """The whole fit."""
         start = self._resident.save() if self._request.part else None
-        with seeded(self._env.integer("torch"), self._resident.device), self._features():
+        # A model may be personalised where the caller has switched gradients off, to predict with it.
+        with torch.enable_grad(), seeded(self._env.integer("torch"), self._resident.device), self._features():
             if self._options.train is None:
                 self._loop()
             else:

@@ -16,7 +16,7 @@ import numpy as np
 
 from polyfed import data as tables
 from polyfed.algorithms import REGISTRY
-from polyfed.core.algorithm import Algorithm
+from polyfed.core.algorithm import Algorithm, Task
 from polyfed.core.errors import ClientError, CorruptError, PeerError, PolyfedError, RunError, StorageError, UsageError
 from polyfed.core.manifest import Manifest
 from polyfed.core.memory import ClientMemory
@@ -24,7 +24,7 @@ from polyfed.core.message import Memory, Message
 from polyfed.core.protocols import Job, Site
 from polyfed.core.records import ACCEPTED
 from polyfed.core.tree import Array, Tree
-from polyfed.core.work import perform
+from polyfed.core.work import perform, personal
 from polyfed.data.problem import MOST_CLASSES
 from polyfed.data.split import check_labels
 from polyfed.network.client import Link
@@ -63,9 +63,11 @@ class Joined:
 
     @cached_property
     def state(self) -> Tree:
-        """The whole state of the client's model: what it keeps over what is shared over its first state."""
+        """The whole state of the client's model, personalised as for its last evaluation."""
         state = self.site.model.first(self.site.train, first_env(self.site, self.manifest.seed))
-        for tree in self.algorithm.start(self.message, self.memory):
+        task = Task("evaluate", self.name, self.version, self.version, number=self.version)
+        env = self.site.env(self.manifest.seed, task)
+        for tree in personal(self.algorithm, self.message, self.memory, self.site, env):
             state = state.overlay(tree)
         return state
 
