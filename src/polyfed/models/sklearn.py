@@ -86,7 +86,8 @@ def sklearn(
         batch_size: rows of one of their steps.
         soft_copies: probability from which a class of a soft label becomes a weighted copy of its row.
         soft_weight: of a softly labelled row against one of the client's own, times the term's own weight. Estimators
-            without ``sample_weight`` (neighbours, Gaussian processes) take the most likely class, at weight 1.
+            without ``sample_weight`` in their `fit` (neighbours, Gaussian processes, voting, stacking, searches) take the
+            most likely class, at weight 1.
         key: equal keys say that two models may be averaged; the estimator's type and hyper-parameters by default.
 
     Raises:
