@@ -98,6 +98,16 @@ def test_part_when_a_client_freezes_it_never_moves(algorithm):
         round_.update()
 
 
+def test_statistics_when_a_client_freezes_another_layer_go_on_and_are_sent():
+    loop = pf.rounds(pf.FedAvg(), [client("north"), client("west", freeze="personal")], rounds=1, seed=1)
+    for round_ in loop:
+        for reply in round_.train(round_.send()):
+            assert reply.message.trees["stats"]["stats:shared.1/mean"].any(), reply.task.client
+            assert int(reply.memory.trees["own"]["buffers:shared.1.num_batches_tracked"]) == 3
+            round_.collect(reply)
+        round_.update()
+
+
 def test_head_when_a_client_freezes_all_of_it_is_refused_with_what_is_asked():
     result = run("FedRep", 1, west={"freeze": "personal"})
     assert "asked to train !shared, all of which it keeps frozen" in str(result.errors["west"])

@@ -57,7 +57,8 @@ class Site:
     Attributes:
         consents: what this client agrees to besides the usual, as words of `Needs`: "personal".
         begins: the memory that it has before its first task, such as the model of an earlier run; empty by default.
-        trains: names of the parameters that may move; () is all of them. The others stay frozen whatever is asked.
+        trains: names of the entries that may move, without "stats:" and "buffers:"; () is all of them. The others stay
+            frozen whatever is asked.
         frozen: prefixes of the others.
     """
 

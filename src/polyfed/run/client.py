@@ -17,7 +17,7 @@ from polyfed.core.errors import DataError, MissingExtraError, NeedsError, Polyfe
 from polyfed.core.message import Memory, Message, State
 from polyfed.core.protocols import Model, Site
 from polyfed.core.rows import Problem
-from polyfed.core.tree import Array, Tree, is_under
+from polyfed.core.tree import Array, Tree, is_under, part_of
 from polyfed.data import Parts, Prepared, Raw, Split
 from polyfed.data.table import is_frame
 
@@ -342,7 +342,7 @@ def _offered(client: Client, first: Tree) -> list[Tree]:
 
 
 def _trains(client: Client, first: Tree) -> tuple[str, ...]:
-    """Names of the parameters that ``freeze=`` leaves free; () where it is not given."""
+    """Names of all that ``freeze=`` leaves free, statistics and buffers included; () where it is not given."""
     if not client.freeze:
         return ()
     names = tuple(first.part("params"))
@@ -352,7 +352,8 @@ def _trains(client: Client, first: Tree) -> tuple[str, ...]:
         raise UsageError(f"{client.name}: freeze={client.freeze!r} names {what} of its model ({client.model.kind})")
     if "part" not in client.model.offers:
         raise UsageError(f"{client.name} ({client.model.kind}) cannot train a part of itself; leave freeze= out")
-    return free
+    moves = (name for name in first if not is_under(name, tuple(client.freeze)))
+    return tuple(name if part_of(name) == "params" else name.partition(":")[2] for name in moves)
 
 
 def start_of(given: Any, where: str) -> Tree:
@@ -408,6 +409,7 @@ _WORDS = {
     "distill": "cannot learn from soft labels",
     "part": "cannot train a part of itself",
     "sgd": "does not train by plain SGD",
+    "iterates": "does not train on from where a step of the server's own puts it",
     "personal": 'has not agreed that its personal part leaves it (pf.Client(..., consents="personal"))',
     "public": "has no public rows: give public=rows, or let clients set some aside with split=pf.Split(public=0.1)",
 }
