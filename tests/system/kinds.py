@@ -95,9 +95,10 @@ STYLES = {
     "sklearn": ("full batch", "mini-batches", "layers"),
 }
 MODELS = {"torch": torch_model, "keras": keras_model, "sklearn": sklearn_model}
+BASE = ("shared", "shared_norm")
 ALGORITHMS = {
     "FedAvg": lambda: pf.FedAvg(),
-    "FedAvg(shared)": lambda: pf.FedAvg(shared=("shared", "shared_norm")),
+    "FedAvg(shared)": lambda: pf.FedAvg(shared=BASE),
     "FedProx": lambda: pf.FedProx(mu=0.1),
     "FedAvgM": lambda: pf.FedAvgM(beta=0.5),
     "FedAdagrad": lambda: pf.FedAdagrad(lr=0.05),
@@ -105,6 +106,24 @@ ALGORITHMS = {
     "FedYogi": lambda: pf.FedYogi(lr=0.05),
     "FedMD": lambda: pf.FedMD(rows_of("public", 14)[0]),
 }
+
+
+#: Personal parts and models: see `personal_cells`.
+PERSONAL = {
+    "FedRep": lambda: pf.FedRep(shared=BASE, head_epochs=2),
+    "FedBABU": lambda: pf.FedBABU(shared=BASE, fine_tune=1),
+    "Ditto": lambda: pf.Ditto(0.5),
+    "APFL": lambda: pf.APFL(0.5, adaptive=True),
+    "PFedMe": lambda: pf.PFedMe(lam=2.0, lr=0.2, steps=2, local_rounds=3),
+    "FedBN": lambda: pf.FedBN(),
+}
+
+
+def personal_cells():
+    """(algorithm, framework, style) of `PERSONAL`, one style each and framework, with dropout or normalisation."""
+    for i, algorithm in enumerate(PERSONAL):
+        for framework in ("torch", "keras"):
+            yield algorithm, framework, "batch norm" if algorithm == "FedBN" or i % 2 else "dropout"
 
 
 def cells():
@@ -123,7 +142,7 @@ def cells():
 def settings_of(cell):
     """Arguments of `pf.simulate` for a cell, without the executor."""
     algorithm, framework, style = cell
-    return _settings(ALGORITHMS[algorithm](), federated(MODELS[framework](style)))
+    return _settings((ALGORITHMS | PERSONAL)[algorithm](), federated(MODELS[framework](style)))
 
 
 def _settings(algorithm, clients, **more):

@@ -5,6 +5,7 @@ import matrix
 import pytest
 
 CELLS = list(kinds.cells())
+PERSONAL = list(kinds.personal_cells())
 LIGHT = [cell for cell in CELLS if cell[1] == "torch" or cell[1:] == ("sklearn", "mini-batches")]
 KERAS = [("FedAvg", "keras", "dropout"), ("FedProx", "keras", "batch norm"), ("FedMD", "keras", "mini-batches")]
 
@@ -45,3 +46,22 @@ def test_bits_when_run_in_every_way_are_the_same(framework):
     cells = [cell for cell in CELLS if cell[1] == framework]
     found = matrix.tables(cells, [way for way in matrix.WAYS if way != "new processes"])
     assert matrix.disagreements(found) == []
+
+
+def test_bits_when_models_are_personal_are_the_same_however_they_are_run():
+    cells = [cell for cell in PERSONAL if cell[1] == "torch"]
+    found = matrix.tables(cells, {0: ["loop", "shuffled"], 1: ["processes 2"]})
+    assert len(set(found.values())) == len(cells)
+    assert matrix.disagreements(found) == []
+
+
+@pytest.mark.heavy
+def test_bits_when_models_are_personal_and_clients_join_over_the_network_are_the_same():
+    cells = [cell for cell in PERSONAL if cell[1] == "torch"]
+    assert matrix.disagreements(matrix.tables(cells, ["loop", "network"], hash_seeds=(0,))) == []
+
+
+@pytest.mark.heavy
+def test_bits_when_models_are_personal_in_keras_are_the_same_in_every_way():
+    cells = [cell for cell in PERSONAL if cell[1] == "keras"]
+    assert matrix.disagreements(matrix.tables(cells, ["loop", "processes 2", "network"], hash_seeds=(0,))) == []
