@@ -55,6 +55,7 @@ class FedPer(FedAvg):
         temperature, digest: of the distillation: T > 0, and epochs over the public rows, at least 1.
         public: public rows, for "distill"; stays out of the manifest.
         preprocess: how the server reads the public rows, as `pf.Client`'s; stays at the server.
+        models: over a network, models of the clients' architectures, for "distill"; stays at the server.
 
     >>> FedPer(shared="base", every=2, feedback="mean").needs.any_of == (frozenset({"params", "personal"}),)
     True
@@ -68,6 +69,7 @@ class FedPer(FedAvg):
     digest: int = field(default=1, kw_only=True)
     public: Any = field(default=None, metadata={"local": True}, kw_only=True, repr=False, compare=False)
     preprocess: Any = field(default=None, metadata={"local": True}, kw_only=True, repr=False, compare=False)
+    models: Any = field(default=(), metadata={"local": True}, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

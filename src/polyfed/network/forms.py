@@ -72,6 +72,8 @@ class Enrolment:
         target: what its target holds.
         shape: of one row's target: () for one value, (k,) for several.
         values: its classes, distinct and sorted; () for numbers that are no classes.
+        frozen: prefixes of what it never trains.
+        joins_at, away: the round from which it takes part, and those in which it does not.
     """
 
     name: str
@@ -82,6 +84,9 @@ class Enrolment:
     target: Literal["text", "bool", "number"]
     shape: tuple[int, ...]
     values: tuple[str | int | bool, ...]
+    frozen: tuple[str, ...] = ()
+    joins_at: int = 1
+    away: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -93,6 +98,12 @@ class Enrolment:
             raise MalformedError(f"the classes of a target of {self.target} are each a {wanted.__name__}")
         if len(self.shape) > 1 or any(not 1 <= size <= 1 << 16 for size in self.shape):
             raise MalformedError(f"a row's target of shape {list(self.shape)}; it is one value or a short row of them")
+        if min((self.joins_at, *self.away)) < 1:
+            raise MalformedError("joins_at and away hold a round below 1; rounds count from 1")
+
+    def is_present(self, round_num: int) -> bool:
+        """Whether it takes part in a round, by its own word."""
+        return round_num >= self.joins_at and round_num not in self.away
 
 
 @dataclass(frozen=True)

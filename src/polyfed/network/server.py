@@ -11,6 +11,9 @@
     POST /failed/RECEIPT      the client's own code raised
     POST /leave               the client refuses the run, or has what it came for
 
+Who is not waited for may enrol while the run goes on: it takes part from the next round on, as far as it has said that
+it will (`Enrolment`). Whoever left may come back in the same way.
+
 An offer is repeated until its task is answered, an upload may be repeated at any time, and a token is all that says who
 speaks. Nothing that arrives is executed, imported or unpickled.
 """
@@ -36,6 +39,8 @@ from polyfed.core.events import (
     Failed,
     Finish,
     Interrupted,
+    Joined,
+    Judged,
     Left,
     Receipt,
     Refused,
@@ -79,6 +84,22 @@ class Host(Protocol):
         """The coordinator that begins from these first states, or comes back where there is a journal of it."""
         ...
 
+    def admit(
+        self,
+        coordinator: Coordinator,
+        enrolments: Mapping[str, Enrolment],
+        groups: Mapping[str, str],
+        first: Mapping[str, Tree],
+        *,
+        is_trial: bool = False,
+    ) -> None:
+        """Makes the run one of these clients, of whom some are new; a trial changes nothing.
+
+        Raises:
+            PolyfedError: the first state of a new group does not fit the run.
+        """
+        ...
+
     def recall(self) -> Recalled | None:
         """What an earlier process was told before it began, where that was written down."""
         ...
@@ -111,6 +132,7 @@ class Server:
         host: Host,
         clients: Sequence[str] | int,
         *,
+        late: Sequence[str] | int = 0,
         address: tuple[str, int] = ("127.0.0.1", 0),
         limits: NetworkLimits = DEFAULT,
         linger_seconds: float = 30.0,
@@ -118,10 +140,11 @@ class Server:
     ) -> None:
         forms.check_loopback(address[0])
         self.host, self.limits, self.linger_seconds, self.trace = host, limits, linger_seconds, trace
-        self.identities = Identities(clients, limits.clients)
+        self.identities = Identities(clients, limits.clients, late)
         self.inbox, self.shelf = Inbox(limits), Shelf()
         self.url = ""
         self.manifest: Manifest | None = None
+        self._public: Blob | None = None
         self.coordinator: Coordinator | None = None
         self.finish: Finish | None = None
         self.failures: dict[str, str] = {}
@@ -243,8 +266,28 @@ class Server:
     async def _compute(self, action: Compute) -> None:
         assert self.coordinator is not None
         event = await asyncio.to_thread(self.coordinator.compute, action, at=self.now)
+        if isinstance(event, Judged) and not event.reason:
+            self._come_and_go(self.coordinator.state.version + 1)
         self._handle(event)
         self._forget()
+
+    def _come_and_go(self, round_num: int) -> None:
+        """Enrols who takes part from the next round on, and lets go of who does not; before the round is planned."""
+        assert self.coordinator is not None
+        there, everybody = set(self.coordinator.state.population), self._everybody()
+        ready = {name: c for name, c in everybody.items() if c.group in self._starts and not c.has_left}
+        if new := [name for name in ready if name not in self.coordinator.federation.groups]:
+            self._admit([*self.coordinator.federation.groups, *new])
+        for name in everybody:
+            present = name in ready and self._enrolments()[name].is_present(round_num)
+            if present != (name in there):
+                self._handle(Joined(self.now, name) if present else Left(self.now, name))
+
+    def _admit(self, names: Sequence[str], *, is_trial: bool = False) -> None:
+        assert self.coordinator is not None
+        said, groups = self._enrolments(), {name: self._clients[name].group for name in names}
+        first = {group: self._starts[group] for group in dict.fromkeys(groups.values())}
+        self.host.admit(self.coordinator, {name: said[name] for name in names}, groups, first, is_trial=is_trial)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         async def guarded() -> None:
@@ -344,6 +387,8 @@ class Server:
         was_complete = self.identities.is_complete
         token = self.identities.enrol(enrolment)
         self._clients.setdefault(enrolment.name, _Presence(asyncio.Event(), {}))
+        if self._public is not None:
+            self.shelf.put(enrolment.name, "public", self._public)
         if self.identities.is_complete and not was_complete:
             self._guarded(self._agree)
         return _json(forms.Token(token))
@@ -351,10 +396,10 @@ class Server:
     def _agree(self) -> None:
         self.manifest, public = self.host.agree(self.identities.enrolments)
         if public is not None:
-            blob = Blob.of(public)
-            self.manifest = replace(self.manifest, public=blob.digest)
+            self._public = Blob.of(public)
+            self.manifest = replace(self.manifest, public=self._public.digest)
             for client in self._clients:
-                self.shelf.put(client, "public", blob)
+                self.shelf.put(client, "public", self._public)
         self._agreed.set()
 
     def _still_on(self, client: str = "") -> None:
@@ -383,35 +428,57 @@ class Server:
         self._still_on(client)
         if self.manifest is None:
             raise DeniedError(409, "read the manifest first")
-        if self.coordinator is None and not self._starts:
-            self._clients[client].spec = ready.spec
-            if len(self._clients) == self.identities.count and all(c.spec for c in self._clients.values()):
-                self._group()
+        me = self._clients[client]
+        if me.group and me.spec != ready.spec:
+            raise DeniedError(409, f"{client} has another model than the one with which it is known in this run")
+        me.spec = ready.spec
+        if client in self.identities.latecomers:
+            self._group_late(client)
+        elif not me.group and self.identities.is_complete and all(c.spec for c in self._ordered().values()):
+            self._group()
         return web.Response(status=204)
 
     def _group(self) -> None:
         """One group for each kind of model and spec of its state; the first client of each, in order, gives its start."""
-        specs: dict[str, list[str]] = {}
-        for name, enrolment in self.identities.enrolments.items():
-            client, known = self._clients[name], specs.setdefault(enrolment.kind, [])
-            if client.spec not in known:
-                known.append(client.spec)
-            number = known.index(client.spec)
-            client.group = enrolment.kind if number == 0 else f"{enrolment.kind}-{number + 1}"
-        assert self.manifest is not None
-        self.manifest = replace(self.manifest, specs={c.group: c.spec for c in self._ordered().values()})
+        for client in self.identities.enrolments:
+            self._put_in_group(client)
         self._tell_all()
 
+    def _put_in_group(self, client: str) -> None:
+        said, me = self._enrolments(), self._clients[client]
+        known = {
+            c.spec: c.group for name, c in self._everybody().items() if c.group and said[name].kind == said[client].kind
+        }
+        kind, number = said[client].kind, len(known)
+        me.group = known.get(me.spec) or (kind if number == 0 else f"{kind}-{number + 1}")
+        assert self.manifest is not None
+        self.manifest = replace(self.manifest, specs={**self.manifest.specs, me.group: me.spec})
+
+    def _group_late(self, client: str) -> None:
+        """As `_group`, for one who is not waited for; once the run has begun, so that it decides nothing of how."""
+        me = self._clients[client]
+        if self.coordinator is not None and me.spec and not me.group:
+            self._put_in_group(client)
+            me.news.set()
+
     def _ordered(self) -> dict[str, _Presence]:
+        """Those who are waited for."""
         return {name: self._clients[name] for name in self.identities.enrolments}
+
+    def _enrolments(self) -> dict[str, Enrolment]:
+        """Of everybody: those who are waited for, then those who came later."""
+        return self.identities.enrolments | self.identities.latecomers
+
+    def _everybody(self) -> dict[str, _Presence]:
+        return {name: self._clients[name] for name in self._enrolments()}
 
     def _gives_start(self, client: str) -> bool:
         group = self._clients[client].group
-        firsts = [name for name, c in self._ordered().items() if c.group == group] if group else []
+        firsts = [name for name, c in self._everybody().items() if c.group == group] if group else []
         return bool(firsts) and firsts[0] == client and group not in self._starts
 
     async def _start(self, request: web.BaseRequest, client: str, _: str) -> web.Response:
-        if self.coordinator is None:
+        if self.coordinator is None or self._gives_start(client):
             size = _length(request, self.limits.message.max_bytes)
             if not self._gives_start(client):
                 raise DeniedError(409, f"{client} is not asked for a first state")
@@ -423,25 +490,44 @@ class Server:
             if not message.trees["first"].is_finite():
                 raise DeniedError(422, "the first state is not finite")
             self._starts.setdefault(self._clients[client].group, message.trees["first"])
+            if self.coordinator is not None:
+                self._try_on(client)
             self._begin_if_due()
         return web.Response(status=204)
+
+    def _try_on(self, client: str) -> None:
+        """Sends a newcomer away whose model does not fit the run, before it could do harm."""
+        assert self.coordinator is not None
+        try:
+            self._admit([*self.coordinator.federation.groups, client], is_trial=True)
+        except PolyfedError as error:
+            me = self._clients[client]
+            self._starts.pop(me.group, None)
+            me.group, me.has_left = "", True
+            self._over_if_alone()
+            raise DeniedError(422, f"{client} cannot join this run: {error}") from error
 
     def _begin_if_due(self) -> None:
         clients = self._ordered()
         groups = {name: client.group for name, client in clients.items()}
         order = dict.fromkeys(groups.values())
-        if self.coordinator is None and self._starts.keys() == order.keys():
+        if self.coordinator is None and self._starts.keys() >= order.keys():
             self._guarded(lambda: self._begin(groups, {group: self._starts[group] for group in order}))
 
     def _begin(self, groups: Mapping[str, str], first: Mapping[str, Tree]) -> None:
-        coordinator = self.host.assemble(self.identities.enrolments, groups, first)
+        said = self._enrolments()
+        coordinator = self.host.assemble({name: said[name] for name in groups}, groups, first)
         coordinator.trace = [] if self.trace else None
         self._started = self._loop.time()
         self.coordinator = coordinator
         if coordinator.state.population:
+            for name, client in self._clients.items():
+                client.has_left = name not in coordinator.state.population  # until it is heard of again
             self._handle(Restarted(0.0))
         else:
-            self._carry_out(coordinator.begin(list(groups), at=0.0))
+            self._carry_out(coordinator.begin([name for name in groups if said[name].is_present(1)], at=0.0))
+        for name in self.identities.latecomers:
+            self._group_late(name)
 
     def _come_back(self) -> None:
         """Goes on with a run that an earlier process began; its clients enrol again with their tickets."""
@@ -454,7 +540,7 @@ class Server:
             self._clients[name] = _Presence(asyncio.Event(), {}, group, spec)
         self._agree()
         assert self.manifest is not None
-        self.manifest = replace(self.manifest, specs={c.group: c.spec for c in self._ordered().values()})
+        self.manifest = replace(self.manifest, specs={c.group: c.spec for c in self._everybody().values()})
         self._starts = dict(recalled.first)
         self._begin(recalled.groups, recalled.first)
 
@@ -462,6 +548,7 @@ class Server:
 
     async def _next(self, request: web.BaseRequest, client: str, _: str) -> web.Response:
         me, patience = self._clients[client], _patience(request)
+        me.has_left = False  # whoever asks for work is here
         me.news.clear()
         offer = await self._offer(client)
         if offer is None:
@@ -472,8 +559,10 @@ class Server:
     async def _offer(self, client: str) -> Offer | None:
         self._still_on(client)
         me = self._clients[client]
+        if self.finish is None and self._gives_start(client):
+            return Offer(group=me.group)
         if self.coordinator is None:
-            return Offer(group=me.group) if self._gives_start(client) else None
+            return None
         task = self._task(client)
         if task is None:
             return None
@@ -609,9 +698,9 @@ class Server:
         me.has_left = True
         if self.finish is None and self._off is None:
             self.failures[client] = reason or "left"
-            if self.coordinator is None:
+            if self.coordinator is None and client not in self.identities.latecomers:
                 self._call_off(RunError(f"{client} does not take part: {reason or 'it gave no reason'}"))
-            else:
+            elif self.coordinator is not None:
                 self._handle(Left(self.now, client))
         self._over_if_alone()
         return web.Response(status=204)

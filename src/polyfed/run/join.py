@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -88,14 +89,15 @@ def join(
     patience: float = 60.0,
     show: Callable[[str], None] | None = print,
 ) -> Joined:
-    """Takes part in a run as one client; returns when the run has ended.
+    """Takes part in a run as one client; returns when the run has ended. Ctrl-C leaves the run, which goes on.
 
     Args:
         url: the server's, such as ``http://127.0.0.1:8000``; loopback only.
-        client: this site: a name that the run expects, a model, data. Rows never leave it.
+        client: this site: a name that the run expects, a model, data. Rows never leave it. Its ``joins_at=`` and
+            ``away=`` are told to the server, which does not ask it in other rounds.
         allow: algorithms of this site's own, besides the built-in ones. A manifest selects by name and never imports.
         confirm: is asked with the manifest; False, or a sentence, refuses the run.
-        memory: a folder; a client that was killed goes on from there when it joins again.
+        memory: a folder; a client that was killed, or that left, goes on from there when it joins again.
         limits: what this site accepts.
         patience: seconds without any answer after which the client gives up.
         show: is told the manifest in words; None for silence.
@@ -124,6 +126,11 @@ def join(
             raise
         link.ready(first.spec.digest)
         return _Worker(link, manifest, algorithm, site, first, notebook).run()
+    except KeyboardInterrupt:
+        with suppress(PolyfedError):
+            link.patience = 0.0  # one attempt: somebody waits for this process to end
+            link.leave("interrupted")
+        raise
     finally:
         link.close()
 
@@ -139,7 +146,17 @@ def introduction(client: Client, target: Array | None, ticket: str) -> Enrolment
     model = client.model
     shape = tuple(target.shape[1:])
     return Enrolment(
-        client.name, ticket, model.kind, tuple(sorted(model.offers)), dict(model.settings), kind, shape, values
+        client.name,
+        ticket,
+        model.kind,
+        tuple(sorted(model.offers)),
+        dict(model.settings),
+        kind,
+        shape,
+        values,
+        tuple(client.freeze),
+        client.joins_at,
+        client.away,
     )
 
 

@@ -124,19 +124,7 @@ class Host:
     def assemble(
         self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
     ) -> Coordinator:
-        assert self.problem is not None
-        given = self._given(self.problem)
-        starts = dict(first) if given is None else _laid_over(first, given)
-        federation = Federation(
-            algorithm=self.algorithm,
-            problem=self.problem,
-            rules=self.rules,
-            stop=self.stop,
-            first=starts,
-            groups=groups,
-            trainers=self._trainers(enrolments, groups, starts),
-            policy=self.policy,
-        )
+        federation = self._federation(enrolments, groups, first)
         if self.folder is None:
             return Coordinator(federation)
         self._write_down(enrolments, groups, first)
@@ -159,6 +147,42 @@ class Host:
         """The public rows, raw, if the job gives them."""
         public = getattr(self.algorithm, "public", None)
         return None if public is None else tables.read("public", public, labelled=False).unlabelled()
+
+    def _federation(
+        self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
+    ) -> Federation:
+        assert self.problem is not None
+        given = self._given(self.problem)
+        starts = dict(first) if given is None else _laid_over(first, given)
+        return Federation(
+            algorithm=self.algorithm,
+            problem=self.problem,
+            rules=self.rules,
+            stop=self.stop,
+            first=starts,
+            groups=groups,
+            frozen={name: enrolment.frozen for name, enrolment in enrolments.items() if enrolment.frozen},
+            trainers=self._trainers(enrolments, groups, starts),
+            policy=self.policy,
+        )
+
+    def admit(
+        self,
+        coordinator: Coordinator,
+        enrolments: Mapping[str, Enrolment],
+        groups: Mapping[str, str],
+        first: Mapping[str, Tree],
+        *,
+        is_trial: bool = False,
+    ) -> None:
+        federation = self._federation(enrolments, groups, first)
+        if first.keys() - coordinator.federation.first.keys():  # whether they go together is the algorithm's to say
+            self.algorithm.init(federation.env(0, len(groups)))
+        if is_trial:
+            return
+        if self.folder is not None:
+            self._write_down(enrolments, groups, first)
+        coordinator.federation = federation
 
     def _write_down(
         self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
@@ -312,6 +336,7 @@ def serve(
     algorithm: Algorithm,
     *,
     clients: Sequence[str] | int,
+    late: Sequence[str] | int = 0,
     rounds: int | None = None,
     stop: Stop | None = None,
     seed: int = 0,
@@ -339,6 +364,9 @@ def serve(
     Args:
         algorithm: such as ``pf.FedAvg()``. Its numbers and texts are announced; public rows and models are not.
         clients: the names that take part, in the order in which they are folded; or how many, then ordered by name.
+        late: the names of those that may come after the run has begun, or how many may. Nobody waits for them; each
+            takes part from the next round after it came, or from its own ``joins_at=``, and its model must fit the run.
+            A client that left comes back in the same way, with its ``memory=``.
         rounds: how many at most; sites are told. 10 if neither `rounds` nor `stop` gives a number.
         stop: when to stop, on validation metrics only; combined with `rounds` by "or".
         seed: of the whole run.
@@ -398,6 +426,7 @@ class _Serving:
         algorithm: Algorithm,
         *,
         clients: Sequence[str] | int,
+        late: Sequence[str] | int = 0,
         host: str = "127.0.0.1",
         port: int = 0,
         limits: NetworkLimits = DEFAULT,
@@ -439,7 +468,13 @@ class _Serving:
             journal=journal,
         )
         self.server = server.Server(
-            self.host, clients, address=(host, port), limits=limits, linger_seconds=linger_seconds, trace=trace
+            self.host,
+            clients,
+            late=late,
+            address=(host, port),
+            limits=limits,
+            linger_seconds=linger_seconds,
+            trace=trace,
         )
 
     def stop(self, reason: str, *, linger_seconds: float | None = None) -> None:
