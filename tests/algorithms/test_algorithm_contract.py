@@ -1,5 +1,7 @@
 """Every algorithm keeps the public contract, over models of every kind that it takes."""
 
+from pathlib import Path
+
 import pytest
 from numpy_model import VALUES, NumpyModel, sites_of
 
@@ -76,6 +78,12 @@ def test_contract_when_checked_holds(name):
     check_algorithm(algorithm, make)
 
 
-def test_registry_when_listed_holds_algorithms_under_their_names_and_each_is_checked_here():
-    assert set(REGISTRY.values()) <= {type(algorithm) for algorithm, _ in CASES.values()}
+#: They train at the server, and have the same checks in files of their own.
+ELSEWHERE = {"Distill": "test_distill.py", "FedDF": "test_feddf.py"}
+
+
+def test_registry_when_listed_holds_algorithms_under_their_names_and_each_is_checked():
+    checked = {type(algorithm).__name__ for algorithm, _ in CASES.values()}
+    assert set(REGISTRY) <= checked | set(ELSEWHERE)
+    assert all("check_algorithm(" in (Path(__file__).parent / name).read_text() for name in ELSEWHERE.values())
     assert all(kind.__name__ == name for name, kind in REGISTRY.items())
