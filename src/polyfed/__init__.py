@@ -75,6 +75,7 @@ _HOME = {
 }
 _RENAMED = {"rounds": "open_rounds"}
 _MODULES = {
+    "algorithms": "polyfed.algorithms",
     "checks": "polyfed.run.checks",
     "data": "polyfed.data",
     "datasets": "polyfed.data.datasets",
@@ -120,7 +121,16 @@ def _is_there(name: str, find_spec: Any) -> bool:
         return False
 
 
+def _one_thread() -> None:
+    """TensorFlow and jax read these when they first compute: more threads round otherwise, so bits would follow the machine."""
+    import os
+
+    for name in ("TF_NUM_INTRAOP_THREADS", "PJRT_NPROC"):
+        os.environ.setdefault(name, "1")
+
+
 _choose_keras_backend()
+_one_thread()
 
 
 def __dir__() -> list[str]:
@@ -128,6 +138,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from polyfed import algorithms as algorithms
     from polyfed import data as data
     from polyfed.algorithms import APFL as APFL
     from polyfed.algorithms import Distill as Distill

@@ -47,6 +47,14 @@ REGISTRY: Mapping[str, type[Algorithm]] = MappingProxyType(
     }
 )
 
+
+def table() -> str:
+    """Each method by each kind of model, and what it asks of a federation: a Markdown table, made from the code."""
+    from polyfed.algorithms import methods  # only where it is asked for
+
+    return methods.table()
+
+
 __all__ = [
     "APFL",
     "REGISTRY",
@@ -66,4 +74,5 @@ __all__ = [
     "FedYogi",
     "Local",
     "PFedMe",
+    "table",
 ]

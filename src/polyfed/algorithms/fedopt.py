@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from polyfed.algorithms.fedavg import FedAvg
-from polyfed.core.algorithm import Env
+from polyfed.core.algorithm import Env, Needs
 from polyfed.core.errors import UsageError
 from polyfed.core.message import State
 from polyfed.core.tree import Tree
@@ -19,8 +19,11 @@ class ServerOptimizer(FedAvg):
     """What the server optimizers have in common: a momentum beside the parameters, in at least float32.
 
     They move the parameters only; normalisation statistics are merged as in FedAvg (an optimizer could make a variance
-    negative). A round without an accepted update changes nothing, momentum included.
+    negative). A round without an accepted update changes nothing, momentum included. Nor do they take models that are
+    made of exact statistics (naive Bayes, least squares): one mean is their answer, and momentum would go past it.
     """
+
+    needs = Needs.all("params", "iterates") | Needs.all("params", "terms")
 
     def init(self, env: Env) -> State:
         state = super().init(env)

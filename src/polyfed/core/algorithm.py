@@ -192,7 +192,8 @@ class Needs:
     """What an algorithm asks of each client's model: all words of at least one alternative.
 
     Words: "params" (a state that can be averaged), "predict", "features", "terms" (loss terms by gradient), "distill"
-    (follows soft labels), "part" (trains a part of itself), "sgd" (plain SGD steps of a known rate), "public" (the
+    (follows soft labels), "part" (trains a part of itself), "sgd" (plain SGD steps of a known rate),
+    "iterates" (goes on from wherever its parameters were moved to, which exact statistics cannot), "public" (the
     federation has public rows), "personal" (the client has agreed that its personal part leaves it).
     """
 

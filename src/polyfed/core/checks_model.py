@@ -22,7 +22,7 @@ from polyfed.core.terms import Distill, Match, Near, Own, Term
 from polyfed.core.tree import FLOATS, Array, Tree, is_under, part_of
 
 Call = Callable[[object, Rows], Array]
-WORDS = frozenset({"params", "predict", "features", "terms", "distill", "part", "sgd"})
+WORDS = frozenset({"params", "predict", "features", "terms", "distill", "part", "sgd", "iterates"})
 
 
 @dataclass(frozen=True, eq=False)
