@@ -25,7 +25,9 @@ class Distill(FedMD):
     of any framework and size, and no client need have a model of its kind. ``rounds=1`` is one-shot; in later rounds
     clients go on training and the student goes on from where it stands.
 
-    With `digest` clients learn in turn, as in `FedMD`: from the consensus, or with ``feedback=True`` from the student.
+    With `digest` clients learn in turn, as in `FedMD`: from the consensus, or with ``feedback=True`` from the student, which
+    teaches well only once it has learned well (on the digits of `Consensus`, three epochs a round of either: nets at 0.75
+    after ten rounds with the consensus, at 0.50 with the student).
 
     Wire: up as in `FedMD`; down "soft" only where clients digest. State: "soft" (consensus), "student" (its state, which
     never travels), "lesson" (what the student says of the public rows, with `feedback`). Invariants: 26, 42-44, 46-52.

@@ -403,7 +403,7 @@ def personalise_is_a_function(case: Case) -> None:
     for rounds in (0, case.rounds):
         played = case.play(rounds)
         for name, site in case.make().items():
-            sent = case.algorithm.broadcast(played.state, name, case.env(rounds + 1))
+            sent = case.algorithm.broadcast(played.state, name, case.env(rounds + 1, site))
             memory, env = played.memories.get(name, Message()), client_env(site, case.seed, rounds + 1)
             before = (sent.digest, memory.digest)
             one, two = (drive(case.algorithm.personalise(sent, memory, env), site, env) for _ in range(2))
