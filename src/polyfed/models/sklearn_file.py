@@ -31,6 +31,8 @@ ALLOWED = frozenset(
     {
         "sklearn.tree._tree.Tree",
         "sklearn.utils._bunch.Bunch",
+        "polyfed.data.prepare.spelled",  # what `pf.tabular` holds: a pure function, and a choice of columns
+        "polyfed.data.prepare._Columns",
         "sklearn.calibration._CalibratedClassifier",
         "sklearn.calibration._SigmoidCalibration",
         "sklearn.metrics._scorer._PassthroughScorer",

@@ -6,6 +6,7 @@
     DIR/models/CLIENT.keras      a Keras model
     DIR/models/CLIENT.skops      a scikit-learn estimator
     DIR/models/CLIENT.polyfed    any model's state; a PyTorch module is made of it by ``saved.model(CLIENT, into=MyNet())``
+    DIR/preprocess/CLIENT-0.skops  a client's fitted preprocessing: ``saved.ensemble()``
     DIR/student.*                the student that the server taught, as a client's model: ``saved.student()``
 
 A ``.polyfed`` file is a message as it travels (`polyfed.core.wire`): checked, and nothing in it is ever executed.
@@ -17,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +29,9 @@ from polyfed.core import wire
 from polyfed.core.errors import CorruptError, PeerError, StorageError, UsageError
 from polyfed.core.message import Memory, Message, State
 from polyfed.core.tree import Tree
+from polyfed.run import saved_ensemble
 from polyfed.run.client import NAME
+from polyfed.run.ensemble import Ensemble, Weights
 from polyfed.run.student import STUDENT, student_state
 
 if TYPE_CHECKING:
@@ -98,6 +101,8 @@ def _write(result: Result, folder: Path) -> None:
         models[name], note = _write_model(result, name, folder / "models")
         notes += [note] if note else []
     said: dict[str, Any] = {"format": FORMAT, "result": result.to_dict(), "models": models, "notes": notes}
+    said["ensemble"], lacking = saved_ensemble.write(result, folder)
+    notes += lacking
     if result.has_student:
         site, state = student_state(result.algorithm, result.federation, result.state)
         said["student"], note = _write_as(site.model, STUDENT, state, lambda: result.student, folder)
@@ -163,6 +168,7 @@ class Saved:
         kinds: client -> framework and type name of its model.
         notes: which models a safe format could not hold, and why.
         student_kind: framework, type name and file of the student; empty where the algorithm taught none.
+        told_ensemble: what the file says of each client's inputs and preprocessing.
     """
 
     folder: Path
@@ -172,6 +178,7 @@ class Saved:
     kinds: Mapping[str, Mapping[str, str]]
     notes: tuple[str, ...] = ()
     student_kind: Mapping[str, str] = field(default_factory=dict)
+    told_ensemble: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -202,6 +209,25 @@ class Saved:
         if not self.student_kind:
             raise UsageError(f"{self.folder} holds no student; pf.Distill(student=..., public=...) teaches one")
         return self._made("the student", self.student_kind, self.folder, "saved.student(into=MyNet())", into)
+
+    def ensemble(
+        self,
+        members: Sequence[str] | str | None = None,
+        *,
+        weights: Weights = "uniform",
+        into: Mapping[str, Any] | None = None,
+    ) -> Ensemble:
+        """The participants as one, of raw rows: as `Result.ensemble`, of what the folder holds.
+
+        Args:
+            members: names of clients; all by default.
+            weights: "uniform", or "num_examples".
+            into: client -> a module to fill, for those with a PyTorch model.
+
+        Raises:
+            UsageError: a member's preprocessing or model has no safe file format, or it needs `into`.
+        """
+        return saved_ensemble.ensemble_of(self, members, weights, into)
 
     def _made(self, who: str, told: Mapping[str, str], folder: Path, call: str, into: Any) -> Any:
         framework, kind = told["framework"], told["kind"]
@@ -287,6 +313,7 @@ def load(folder: str | os.PathLike[str]) -> Saved:
         info=said["result"],
         kinds=kinds,
         notes=tuple(str(note) for note in said["notes"]),
+        told_ensemble=told if isinstance(told := said.get("ensemble"), dict) else {},
         student_kind=_checked_kind(folder, STUDENT, said["student"]) if said.get("student") else {},
     )
 

@@ -1,0 +1,178 @@
+"""An ensemble of what a folder holds: each client's fitted preprocessing beside its model, in files without code.
+
+    DIR/preprocess/CLIENT-0.skops    the fitted transformer of a client's first input, and so on
+
+What stays unsaved, and is said: preprocessing by a user's own function or class, since files hold no code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyfed.core.algorithm import Env, Predict
+from polyfed.core.errors import CorruptError, UsageError
+from polyfed.core.rows import Problem
+from polyfed.core.tree import Array
+from polyfed.data import Raw
+from polyfed.data.prepare import Prepared
+from polyfed.run.ensemble import Ensemble, Member, Weights, names_of, said, wants_of
+
+if TYPE_CHECKING:
+    from polyfed.run.files import Saved
+    from polyfed.run.result import Result
+
+PREPROCESS = "preprocess"
+
+
+def write(result: Result, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Writes every client's fitted preprocessing; what result.json says of it, and notes on what could not be."""
+    (folder / PREPROCESS).mkdir()
+    members, notes = {}, []
+    for name, prepared in result.population.prepared.items():
+        steps, note = _write_steps(name, getattr(prepared, "fitted", {}), folder / PREPROCESS)
+        notes += [note] if note else []
+        site, wants = result.population.sites[name], wants_of(result.population.raws[name])
+        members[name] = {
+            "num_examples": len(site.train),
+            "wants": {key: list(wanted) for key, wanted in wants.items()},
+            "steps": steps,
+        }
+    problem = result.population.problem
+    classes = None if problem.classes is None else list(problem.classes)
+    return {"classes": classes, "outputs": problem.outputs, "members": members}, notes
+
+
+def _write_steps(name: str, fitted: Mapping[str, Any], folder: Path) -> tuple[dict[str, str] | None, str]:
+    """Input -> file, "" for an input that passes as it is; None, and why, where one has no safe form."""
+    steps: dict[str, str] = {}
+    for number, (key, step) in enumerate(fitted.items()):
+        if step is None:
+            steps[key] = ""
+            continue
+        steps[key] = f"{name}-{number}.skops"
+        try:
+            _write_step(step, folder / steps[key])
+        except UsageError as error:
+            return None, f"preprocessing of {name}: {error}; an ensemble of the saved files has to leave it out"
+    return steps, ""
+
+
+def _write_step(step: Any, path: Path) -> None:
+    if not hasattr(step, "transform"):
+        raise UsageError(f"{getattr(step, '__qualname__', type(step).__name__)} is a function, and files hold no code")
+    from polyfed.models.sklearn_file import to_file  # scikit-learn only where a transformer is written
+
+    try:
+        to_file(step, path)
+    except UsageError:
+        raise
+    except Exception as error:  # a user's own transformer may hold anything; its result must not be lost
+        raise UsageError(f"this {type(step).__name__} has no safe file format ({type(error).__name__})") from error
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def ensemble_of(
+    saved: Saved, members: Sequence[str] | str | None, weights: Weights, into: Mapping[str, Any] | None
+) -> Ensemble:
+    """See `Saved.ensemble`."""
+    told = saved.told_ensemble
+    if not told:
+        raise UsageError(f"{saved.folder} was saved without preprocessing; save the result again with this version")
+    problem = _problem(saved.folder, told)
+    names = list(told["members"]) if members is None else [members] if isinstance(members, str) else list(members)
+    if unknown := [name for name in [*names, *(into or {})] if name not in told["members"]]:
+        raise UsageError(f"there is no client {unknown[0]!r} in {saved.folder}; there are {', '.join(told['members'])}")
+    return Ensemble(problem, {n: _member(saved, n, problem, told["members"][n], into or {}) for n in names}, weights)
+
+
+def _problem(folder: Path, told: Mapping[str, Any]) -> Problem:
+    classes, outputs = told.get("classes"), told.get("outputs")
+    whole = isinstance(outputs, int) and isinstance(told.get("members"), dict)
+    if not whole or not (classes is None or (isinstance(classes, list) and len(classes) == outputs)):
+        raise CorruptError(f"{folder}/result.json does not say what was predicted")
+    return Problem(None if classes is None else tuple(str(name) for name in classes), int(outputs or 0))
+
+
+def _member(saved: Saved, name: str, problem: Problem, told: Any, into: Mapping[str, Any]) -> Member:
+    wants, steps = _wants(saved.folder, name, told), told.get("steps")
+    if steps is None:
+        notes = (note for note in saved.notes if note.startswith(f"preprocessing of {name}: "))
+        raise UsageError(f"{next(notes, f'the preprocessing of {name} was not saved')}: name the others in members=")
+    prepared = Prepared(None, None, None, None, _fitted(saved.folder, name, steps), "")  # type: ignore[arg-type]  # no rows: only `apply` is asked
+    model, kind = saved.model(name, into=into.get(name)), saved.kinds[name]
+    predict = _PREDICT[kind["framework"]]
+
+    def ask(raw: Raw) -> Array:
+        return predict(model, prepared.apply(name, raw), problem)
+
+    return Member(name, kind["kind"], int(told["num_examples"]), wants, ask)
+
+
+def _wants(folder: Path, name: str, told: Any) -> dict[str, tuple[str, ...] | tuple[int, ...]]:
+    """Of each input the columns or the shape, as they were written; a name becomes no path here."""
+    wants = told.get("wants") if isinstance(told, dict) and isinstance(told.get("num_examples"), int) else None
+    if not isinstance(wants, dict) or not all(
+        isinstance(w, list) and (all(isinstance(v, str) for v in w) or all(isinstance(v, int) for v in w))
+        for w in wants.values()
+    ):
+        raise CorruptError(f"{folder}/result.json does not say what {name} reads")
+    return {str(key): tuple(wanted) for key, wanted in wants.items()}
+
+
+def _fitted(folder: Path, name: str, steps: Any) -> dict[str, Any]:
+    allowed = {f"{name}-{number}.skops" for number in range(len(steps))} | {""} if isinstance(steps, dict) else set()
+    if not isinstance(steps, dict) or not set(steps.values()) <= allowed:
+        raise CorruptError(f"{folder}/result.json: the preprocessing of {name} is described by {str(steps)[:200]}")
+    return {key: _read_step(folder / PREPROCESS / file) if file else None for key, file in steps.items()}
+
+
+def _read_step(path: Path) -> Any:
+    from polyfed.models.sklearn_file import from_file  # scikit-learn only where a transformer is read
+
+    if not path.is_file():
+        raise CorruptError(f"{path} is missing")
+    return from_file(path)
+
+
+# ------------------------------------------------------------------------------------------ asking
+
+
+def _torch(module: Any, rows: Any, problem: Problem) -> Array:
+    from polyfed.models.torch import torch as wrap  # a framework only where it is used
+
+    return _through(wrap(module), rows, problem)
+
+
+def _keras(model: Any, rows: Any, problem: Problem) -> Array:
+    from polyfed.models.keras import keras as wrap  # as above
+
+    return _through(wrap(model), rows, problem)
+
+
+def _through(model: Any, rows: Any, problem: Problem) -> Array:
+    """A model's own start is what was loaded into it."""
+    return said(model.predict(Predict(), rows, Env(seed=0, problem=problem, train=rows)), problem)
+
+
+def _sklearn(estimator: Any, rows: Any, problem: Problem) -> Array:
+    """As `SklearnModel.predict`: classes by name, none below its floor."""
+    from polyfed.models.sklearn_estimator import FLOOR, probabilities  # as above
+    from polyfed.models.sklearn_rows import matrix  # as above
+
+    x = matrix(rows)
+    if not problem.is_classification:
+        return said(estimator.predict(x), problem)
+    place = {name: number for number, name in enumerate(names_of(problem).tolist())}
+    full = np.zeros((len(x), problem.outputs))
+    full[:, [place[name] for name in np.asarray(estimator.classes_).tolist()]] = probabilities(estimator, x)
+    full = np.maximum(np.nan_to_num(full), FLOOR)
+    return np.asarray(full / full.sum(axis=1, keepdims=True))
+
+
+_PREDICT = {"torch": _torch, "keras": _keras, "sklearn": _sklearn}
