@@ -18,7 +18,7 @@ import polyfed as pf
 from polyfed.algorithms import Distill, FedDF, FedMD
 from polyfed.core.algorithm import Fit, Predict
 from polyfed.core.checks_algorithm import addressed, check_algorithm, play, server_env
-from polyfed.core.errors import UsageError
+from polyfed.core.errors import StorageError, UsageError
 from polyfed.core.rows import Rows
 from polyfed.core.terms import Distill as Term
 from polyfed.core.terms import Match
@@ -333,6 +333,17 @@ def test_models_when_given_train_in_place_of_the_clients_own():
 
 
 # ---------------------------------------------------------------- mistakes
+
+
+def test_checkpoint_when_the_student_is_another_belongs_to_another_run(tmp_path):
+    def run(epochs):
+        algorithm = Distill(rows_and_labels(20, 9)[0], student=torch(net(), epochs=epochs))
+        return pf.simulate(algorithm, members(), rounds=1, baselines=(), test=False, checkpoint=tmp_path)
+
+    one = run(1)
+    assert run(1).state.digest == one.state.digest
+    with pytest.raises(StorageError, match="what the server trains differs"):
+        run(2)
 
 
 def test_student_when_missing_or_not_wrapped_says_what_to_write():

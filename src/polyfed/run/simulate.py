@@ -466,6 +466,7 @@ _MEANING = {
     "clients": "when clients take part, the clients, their models' settings or their rows",
     "first": "the models' first weights (a module built without a seed? give a factory, or set torch's seed)",
     "stop": "when to stop",
+    "trainers": "what the server trains",
 }
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -483,6 +484,8 @@ def _same_run(folder: Path, federation: Federation, population: Population) -> N
         "clients": {n: _said_of(population.clients[n], site) for n, site in population.sites.items()},
         "first": {group: tree.digest for group, tree in federation.first.items()},
     }
+    if federation.trainers:
+        said["trainers"] = {n: [s.model.kind, dict(s.model.settings)] for n, s in federation.trainers.items()}
     # a function is named by its address, which another process has elsewhere
     path, text = folder / "run.json", _ADDRESS.sub("", json.dumps(said, sort_keys=True, indent=1, default=str))
     if not path.exists():
