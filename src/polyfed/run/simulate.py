@@ -29,7 +29,16 @@ from polyfed.core.select import All, Select, Uniform
 from polyfed.core.stop import Rounds, Stop
 from polyfed.executors.loop import Loop
 from polyfed.executors.processes import Processes
-from polyfed.run.client import Client, Population, TaskKind, listed, populate, trainers_of, with_everything
+from polyfed.run.client import (
+    Client,
+    Population,
+    TaskKind,
+    listed,
+    populate,
+    trainers_of,
+    with_everything,
+    with_used_start,
+)
 from polyfed.run.driver import Driver
 from polyfed.run.result import Result
 from polyfed.storage.memories import FileMemories
@@ -215,6 +224,9 @@ def open_rounds(
         trainers=trainers_of(algorithm, population, seed=seed),
         policy=policy,
     )
+    if population.given:
+        start = federation.algorithm.init(federation.env(0, len(population.sites)))
+        population = with_used_start(population, algorithm, start)
     works = _executor(executor, workers)
     onlooker = _watch(watch)
     coordinator, files, is_new = _coordinator(federation, population, checkpoint)
@@ -397,7 +409,7 @@ def _schedule(schedule: Schedule | None, cohort_size: int | None, population: Po
 
 
 def _can_be_met(schedule: Schedule, clients: int) -> None:
-    """Nobody joins a simulation later: a minimum above its clients is never met."""
+    """A minimum above all clients, those that join later included, is never met."""
     if schedule.minimum > clients:
         raise UsageError(
             f"minimum={schedule.minimum} updates a round cannot be met by {clients} client{'s' * (clients != 1)}; "
