@@ -15,7 +15,7 @@ export MPLBACKEND := agg
 	@touch $@
 
 .venv/.ready-all: .venv/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,tensorflow]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,tensorflow,jax]'
 	@touch $@
 
 # Four hospitals with four different models train together on real patients; writes report.html.

@@ -600,6 +600,31 @@ def test_wrong_width_is_refused_with_what_to_write(three):
         pf_keras(plain(4)).fit(Fit(), rows, env)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_several_outputs_are_refused_with_what_to_write(three, named):
+    rows, env = three
+
+    def two():
+        inputs = keras.Input((6,))
+        ends = [layers.Dense(3, name=name)(inputs) for name in ("ill", "old")]
+        return keras.Model(inputs, dict(zip(("ill", "old"), ends, strict=True)) if named else ends)
+
+    for ask in (lambda adapter: adapter.fit(Fit(), rows, env), lambda adapter: adapter.predict(Predict(), rows, env)):
+        with pytest.raises(UsageError, match=r"Functional has 2 outputs; give it a model that ends in the one"):
+            ask(pf_keras(two))
+
+
+@pytest.mark.parametrize("n", [1, 33])
+def test_batch_normalization_takes_a_batch_of_one_row(n):
+    """Keras's normalises it to its own mean: beta goes on, and the statistics stay finite."""
+    rows, env = rows_for(THREE, n=n), env_for(THREE)
+    adapter = pf_keras(functional, lr=0.1, batch_size=32)
+    fitted = adapter.fit(Fit(epochs=2), rows, env)
+    assert fitted.steps == (2 if n == 1 else 4)
+    assert fitted.state.is_finite()
+    assert np.isfinite(adapter.predict(Predict(start=(fitted.state,)), rows, env)).all()
+
+
 def test_several_inputs_go_by_name():
     def model():  # a factory: its weights are drawn from the named seed, not from Keras's global one
         a, b = keras.Input((4,), name="blood"), keras.Input((2,), name="age")

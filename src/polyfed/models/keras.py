@@ -77,11 +77,18 @@ def keras(
             loss, or the values.
         key: says that models from different factories are of one architecture; models of Keras's own layers are
             compared by their configuration.
-        train: your own loop, ``def train(training: Training)``; terms, part, budget, order and seeds still hold.
+        train: your own loop, ``def train(training: Training)``; terms, part, budget, order and seeds still hold. On jax
+            it calls ``training.step(batch)``.
         fit_options: ``class_weight`` (class number -> weight), ``sample_weight`` (one entry a training row) and
             ``callbacks``, as `keras.Model.fit` takes them.
 
-    A random operation of a layer of one's own draws through `keras.random`: then a fit is a function of its seed.
+    A random operation of a layer of one's own draws through `keras.random`: then a fit is a function of its seed. On jax
+    it passes a `keras.random.SeedGenerator` that the layer holds.
+
+    Bits: on torch and tensorflow every operation runs by itself, so that a term of weight 0 changes none of them. On jax,
+    and where a model is compiled with ``jit_compile=True``, the whole step is compiled at once, which may round a sum in
+    another order when a term is added; the same request gives the same bits on every backend. jax compiles a step for
+    each shape of batch (one to two seconds), so sizes that `batch_size` divides spare a second one.
 
     Raises:
         MissingExtraError: Keras is not installed.

@@ -100,7 +100,12 @@ class Resident:
 
     def _width(self, outputs: Any) -> int:
         if not hasattr(outputs, "shape") or len(outputs.shape) not in (1, 2):
-            raise UsageError("pf.keras takes models with one output of shape (rows, outputs); this one has another")
+            several = isinstance(outputs, (list, tuple, Mapping))
+            said = f"{len(outputs)} outputs" if several else f"one of shape {list(outputs.shape)}"
+            raise UsageError(
+                f"pf.keras takes models with one output of shape (rows, outputs), {type(self.model).__name__} has {said}; "
+                "give it a model that ends in the one that is to be learnt"
+            )
         width = int(outputs.shape[1]) if len(outputs.shape) == 2 else 1
         wanted = self.problem.outputs
         if width != wanted and not (width == 1 and wanted == 2 and self.problem.is_classification):

@@ -52,7 +52,11 @@ class Training:
             yield from self._cut(order)
 
     def loss(self, batch: Batch) -> Any:
-        """The sum of the terms on a batch, from a forward pass in training mode; for loops that step by themselves."""
+        """The sum of the terms on a batch, from a forward pass in training mode; for loops that step by themselves.
+
+        Raises:
+            UsageError: on jax, which cannot differentiate it.
+        """
         x, columns, weight = batch
         if is_jax():
             raise UsageError(
