@@ -117,6 +117,17 @@ def test_a_description_that_was_changed_is_corrupt(tmp_path, change):
         pf.load(folder).ensemble()
 
 
+def test_a_file_of_preprocessing_never_lies_outside_the_folder(tmp_path):
+    client = pf.Client("plain", pf.sklearn(LogisticRegression()), data=rows(1), preprocess=StandardScaler())
+    folder = run(pf.Local(), [client]).save(tmp_path / "out")
+    (folder / "preprocess" / "plain-0.skops").rename(tmp_path / "evil.skops")
+    said = json.loads((folder / "result.json").read_text())
+    said["ensemble"]["members"]["plain"]["steps"] = {"x": "../../evil.skops"}
+    (folder / "result.json").write_text(json.dumps(said))
+    with pytest.raises(pf.errors.CorruptError, match="preprocessing of plain is described by"):
+        pf.load(folder).ensemble()
+
+
 def test_a_folder_of_an_earlier_version_says_what_is_missing(tmp_path):
     folder = run().save(tmp_path / "out")
     said = json.loads((folder / "result.json").read_text())

@@ -124,6 +124,8 @@ def test_every_number_of_the_comparison_is_that_of_its_own_pipeline_on_the_poole
     scaler = StandardScaler().fit(PUBLIC)
     right = probabilities(result.student, scaler.transform(x).astype(np.float32)).argmax(1) == y
     assert found.student.value == right.mean()
+    told = module.student_member(result).answer(pf.data.read("x", x, labelled=False))
+    np.testing.assert_allclose(told, probabilities(result.student, scaler.transform(x).astype(np.float32)), atol=1e-5)
 
 
 def test_gains_are_paired_over_rows_with_the_normal_interval(result):
