@@ -8,12 +8,13 @@ from pathlib import Path
 here = Path(__file__).parent
 quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "error"}
 failed = []
-for path in sorted(here.glob("*.py")):
-    if path.name == "run_all.py":
-        continue
-    done = subprocess.run([sys.executable, path, "--small"], capture_output=True, text=True, env=quiet, check=False)
-    print(f"{path.name}: {'ok' if done.returncode == 0 else 'FAILED'}", flush=True)
+small = {path: "--small" for path in sorted(here.glob("*.py")) if path.name != "run_all.py"}
+small |= dict.fromkeys(sorted(here.glob("*/run.py")), "--quick")  # the showcases, a folder each
+for path, word in small.items():
+    name = str(path.relative_to(here))
+    done = subprocess.run([sys.executable, path, word], capture_output=True, text=True, env=quiet, check=False)
+    print(f"{name}: {'ok' if done.returncode == 0 else 'FAILED'}", flush=True)
     if done.returncode:
-        failed.append(path.name)
+        failed.append(name)
         print(done.stdout, done.stderr, sep="\n")
 sys.exit(1 if failed else 0)

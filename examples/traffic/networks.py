@@ -1,8 +1,8 @@
 """The networks: one base that all share, and what each participant puts beside and around it.
 
-    frames ──> camera ──> window ─┐
-               sensors ─> window ─┴─> base (shared) ─┐
-    own record, own weather ──> own network ─────────┴─> head: flow in standard deviations, logit of "congested"
+frames ──> camera ──> window ─┐
+           sensors ─> window ─┴─> base (shared) ─┐
+own record, own weather ──> own network ─────────┴─> head: flow in standard deviations, logit of "congested"
 """
 
 from __future__ import annotations

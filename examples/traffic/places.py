@@ -28,8 +28,8 @@ NEWCOMERS = 3
 BUSY = 0.8  # congested: above this quantile of the training rows
 LANES, CELLS = 8, 24  # of a frame; a car fills a cell
 
-#: Training before validation before test. The validation part is longer than a window and its horizon, so no input of a
-#: test row is the target of a training row.
+#: Training before validation before test. Without a gap: a forecast may see every value that was measured before it, and
+#: no value reaches an earlier part.
 SPLIT = pf.Split(validation=0.15, test=0.2, by="time")
 
 

@@ -60,7 +60,9 @@ def main() -> None:
             error(federated[name][:, 0], place, whole),
         ]
         rows.append(scores)
-        print(f"{name:<18}{len(place.parts.train):>5}{scores[0]:12.3f}{scores[1]:16.3f}{scores[2]:12.3f}{scores[3]:10.3f}")
+        print(
+            f"{name:<18}{len(place.parts.train):>5}{scores[0]:12.3f}{scores[1]:16.3f}{scores[2]:12.3f}{scores[3]:10.3f}"
+        )
     mean = np.mean(rows, axis=0)
     print(f"{'mean':<23}{mean[0]:12.3f}{mean[1]:16.3f}{mean[2]:12.3f}{mean[3]:10.3f}")
 
