@@ -130,9 +130,9 @@ MUTANTS = {
     ),
     "probabilities pass as logits": (
         consensus,
-        "SUM_IS_ONE",
-        -1.0,
-        agreed.test_client_when_its_net_ends_in_softmax_is_refused_by_name,
+        "_check_logits",
+        lambda z, env: None,
+        agreed.test_client_when_its_model_ends_in_softmax_is_refused_by_name,
     ),
     "the base leaves before the digest": (
         FedMD,
