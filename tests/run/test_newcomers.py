@@ -273,10 +273,8 @@ def test_base_when_a_frozen_client_pulled_the_mean_would_be_noticed(monkeypatch)
     """A mutant: counts of one for everybody."""
     from polyfed.algorithms import fedavg
 
-    monkeypatch.setattr(
-        fedavg, "is_under", lambda name, prefixes: False if prefixes == ("base",) else name[:4] == "base"
-    )
-    monkeypatch.setattr(fedavg.FedAvg, "shared_names", lambda self, names: {n for n in names if n[:4] == "base"})
+    counts = fedavg._counts
+    monkeypatch.setattr(fedavg, "_counts", lambda spec, frozen: counts(spec, ("nothing",)))  # the mistake
     with pytest.raises(AssertionError):
         test_base_when_a_client_keeps_it_frozen_goes_as_if_that_client_were_not_there(pf.FedAvg(shared="base"), {})
 
