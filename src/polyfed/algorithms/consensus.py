@@ -13,12 +13,10 @@ from polyfed.core.aggregate import Aggregate
 from polyfed.core.algorithm import Algorithm, Env, Fit
 from polyfed.core.errors import DataError, UsageError
 from polyfed.core.message import Message
+from polyfed.core.metrics import no_logits
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.terms import Distill, Match, Term
 from polyfed.core.tree import Array, Entry, Spec, Tree
-
-#: How near to 1 the rows of outputs must sum to be taken for probabilities.
-SUM_IS_ONE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class Consensus(Algorithm):
         """What a client sends of its outputs on the public rows: tree "soft", and numbers to go beside.
 
         Raises:
-            UsageError: the outputs of a classification are probabilities where logits are due; names the client.
+            UsageError: the outputs of a classification are probabilities or labels where logits are due; names the client.
         """
         if env.problem.is_classification:
             _check_logits(outputs, env)
@@ -216,11 +214,8 @@ def public_rows(message: Message, env: Env, algorithm: str) -> Rows:
 
 
 def _check_logits(outputs: Array, env: Env) -> None:
-    if len(outputs) and outputs.min() >= 0 and np.abs(outputs.sum(-1) - 1).max() <= SUM_IS_ONE:
-        raise UsageError(
-            f"{env.client} gives probabilities (no output below 0, every row sums to 1) where logits are due; softened "
-            "once more they would say next to nothing. Take the softmax off the end of its model"
-        )
+    if said := no_logits(outputs):
+        raise UsageError(f"{env.client} {said}")
 
 
 def _count(rows: Any) -> int:

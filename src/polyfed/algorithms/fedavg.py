@@ -151,7 +151,7 @@ def _shared_start(algorithm: FedAvg, env: Env) -> dict[str, Tree]:
     Several groups are fine while their shared parts have one spec; the first group's values are taken.
 
     Raises:
-        UsageError: no group at all, or `shared` names nothing that is trained.
+        UsageError: no group at all, or a prefix of `shared` names nothing that any group has, or nothing that is trained.
         SpecError: the shared parts of two groups differ; names both groups and the entries.
     """
     if not env.first:
@@ -159,9 +159,16 @@ def _shared_start(algorithm: FedAvg, env: Env) -> dict[str, Tree]:
     parts = {group: first.only(algorithm.shared_names(first)) for group, first in env.first.items()}
     chosen, *others = parts
     trees = {"params": parts[chosen].part("params"), "stats": parts[chosen].part("stats")}
+    known = ", ".join(sorted({n.replace("/", ".").partition(".")[0] for n in env.first[chosen].part("params")})[:8])
     if not trees["params"]:
-        known = ", ".join(sorted({n.replace("/", ".").partition(".")[0] for n in env.first[chosen].part("params")})[:8])
         raise UsageError(f"shared={algorithm.shared!r} names no parameter of {chosen or 'the model'}; it has {known}")
+    names = {name for first in env.first.values() for name in first}
+    for prefix in algorithm.shared:
+        if not any(is_under(name, (prefix.removeprefix("!"),)) for name in names):
+            raise UsageError(
+                f"{algorithm.name}: {prefix!r} in shared={algorithm.shared!r} names no entry of {' or '.join(env.first)}; "
+                f"{chosen or 'the model'} has {known}"
+            )
     for group in others:
         for name, tree in trees.items():
             if difference := parts[group].part("params" if name == "params" else "stats").spec.difference(tree.spec):

@@ -93,6 +93,29 @@ def _regression(outputs: npt.ArrayLike, target: npt.ArrayLike) -> dict[str, floa
 # ---- one metric each
 
 
+#: How near to 1 the rows of outputs must sum to be taken for probabilities.
+SUM_IS_ONE = 1e-4
+
+
+def no_logits(outputs: Array) -> str:
+    """What outputs of a classification are where they are no logits, and what to do, in words that follow a model's name; else "".
+
+    >>> no_logits(np.array([[0.25, 0.75], [0.5, 0.5]]))[:19], no_logits(np.array([[0.0, 1.0]]))[:17], no_logits(np.zeros((2, 2)))
+    ('gives probabilities', 'gives labels only', '')
+    """
+    if not len(outputs) or outputs.min() < 0 or np.abs(outputs.sum(-1) - 1).max() > SUM_IS_ONE:
+        return ""
+    if outputs.shape[-1] > 1 and np.isin(outputs, (0.0, 1.0)).all():
+        return (
+            "gives labels only (one output of a row is 1, the others 0) where logits are due; a label does not say how "
+            "sure it is. Take the argmax off the end of the model"
+        )
+    return (
+        "gives probabilities (no output below 0, every row sums to 1) where logits are due; softened once more they "
+        "would say next to nothing. Take the softmax off the end of the model"
+    )
+
+
 def log_softmax(logits: npt.ArrayLike) -> Array:
     """(n, classes) logits to log-probabilities, stable for any size; log-probabilities stay as they are."""
     scores = np.asarray(logits, np.float64)

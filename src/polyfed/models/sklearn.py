@@ -76,7 +76,8 @@ def sklearn(
 ) -> SklearnModel:
     """A client's model from a scikit-learn classifier or regressor, which is cloned and never changed.
 
-    A given fit is not used (with a warning): every client starts from scratch. Every nested ``random_state`` is set
+    A given fit is not used (with a warning): every client starts from scratch. A classifier that gives neither
+    probabilities nor a decision function is warned of too: each of its labels counts as certain. Every nested ``random_state`` is set
     from the run's seed, whatever was given, and ``n_jobs`` is one inside a task.
 
     Args:
@@ -117,6 +118,12 @@ def sklearn(
     if _is_fitted(estimator):
         warnings.warn(
             f"this {type(estimator).__name__} is fitted already; polyfed takes its settings and fits it anew",
+            stacklevel=2,
+        )
+    if is_classifier(estimator) and not any(hasattr(estimator, how) for how in ("predict_proba", "decision_function")):
+        warnings.warn(
+            f"{type(estimator).__name__} says labels only, not how sure it is: where predictions are exchanged or scored, "
+            "each label counts as certain",
             stacklevel=2,
         )
     return SklearnModel(estimator, Settings(epochs, batch_size, soft_copies, soft_weight), key)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyfed.core.errors import UsageError
+from polyfed.core.metrics import no_logits
 from polyfed.core.rows import Problem
 
 Loss = Callable[[Any, Any], Tensor]
@@ -141,9 +142,11 @@ class Head:
         return {name: self.shaped(out) for name, out in raw.items()}
 
     def check(self, raw: Any) -> None:
-        """Raises `UsageError` if the module's outputs are not the problem's."""
+        """Raises `UsageError` if the module's outputs are not the problem's, or no logits of a classification."""
         out = self.shaped(self.primary(raw))
         if out.ndim == 2 and out.shape[1] == self.problem.outputs:
+            if self.problem.is_classification and (said := no_logits(out.detach().float().cpu().numpy())):
+                raise UsageError(f"{self.kind} {said}")
             return
         what = "classes" if self.problem.is_classification else "targets"
         given = f"{out.shape[1]} outputs" if out.ndim == 2 else f"outputs of shape {tuple(out.shape[1:])} a row"

@@ -204,7 +204,11 @@ class Training:
         sizes = [size] * whole + [rest] * bool(rest)
         if min(sizes) == 1 and self._resident.normalises_batches:
             if size == 1 or len(sizes) == 1:
-                raise DataError(f"{self._resident.kind} normalises over the batch: one row at a time cannot train it")
+                raise DataError(
+                    f"{self._resident.kind} normalises over the batch, and one row has no spread; it has {self._rows} "
+                    f"training row{'s' * (self._rows != 1)} and batch_size={size}: give it batches of two rows at least, or "
+                    "a net without batch normalisation"
+                )
             sizes[-2:] = [sizes[-2] + 1]
         return sizes
 

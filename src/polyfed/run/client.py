@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from polyfed import data as tables
 from polyfed.algorithms.fedper import HEAD
 from polyfed.core.algorithm import Algorithm, Env
@@ -124,6 +126,32 @@ def naming(client: str) -> Iterator[None]:
         raise type(error)(f"{client}: {error}") from error
 
 
+@contextlib.contextmanager
+def naming_classes(problem: Problem, sites: Mapping[str, Site]) -> Iterator[None]:
+    """Puts the classes that one client alone holds behind a mistake about outputs: they are why a width is not as expected."""
+    try:
+        yield
+    except UsageError as error:
+        if " classes" not in str(error) or not (alone := held_alone(problem, sites)):
+            raise
+        said = [f"{name} alone holds {_few(classes)}" for name, classes in alone.items()]
+        raise type(error)(f"{error}; {'; '.join(said[:4])}") from error
+
+
+def held_alone(problem: Problem, sites: Mapping[str, Site]) -> dict[str, list[str]]:
+    """Client -> the classes that nobody else's training, validation and test rows hold."""
+    holders: dict[int, list[str]] = defaultdict(list)
+    for name, site in sites.items():
+        targets = [rows.target for rows in (site.train, site.validation, site.test) if rows is not None]
+        for number in sorted({int(c) for target in targets if target is not None for c in target.tolist()}):
+            holders[number].append(name)
+    found: dict[str, list[str]] = defaultdict(list)
+    for number, names in holders.items():
+        if len(names) == 1 and problem.classes is not None and len(sites) > 1:
+            found[names[0]].append(problem.classes[number])
+    return dict(found)
+
+
 @dataclass(frozen=True, eq=False)
 class Population:
     """All clients of a simulation, prepared.
@@ -135,7 +163,7 @@ class Population:
         public: the raw public rows; None where there are none.
         first: for each group of one architecture, the state that its first client offers.
         notes: sentences for the user.
-        given: those of `first` that the job gave (``model=``, ``initial=``); "alone" starts from them too.
+        given: group -> the state that the job gave to start from (``model=``, ``initial=``); "alone" starts from it too.
     """
 
     clients: Mapping[str, Client]
@@ -190,7 +218,8 @@ def populate(algorithm: Algorithm, clients: Iterable[Client], *, seed: int, task
     notes = _preprocessing_notes(algorithm, raws, prepared)
     for note in notes:
         warnings.warn(note, PreprocessingWarning, stacklevel=4)
-    return Population(by_name, sites, prepared, raws, parts, problem, public, first, (*notes, *moved), given)
+    unused = [*_alike(problem), *_idle_public(algorithm, parts), *_unfit_starts(by_name, sites)]
+    return Population(by_name, sites, prepared, raws, parts, problem, public, first, (*notes, *moved, *unused), given)
 
 
 def in_one_order(raws: Mapping[str, Raw]) -> tuple[dict[str, Raw], list[str]]:
@@ -345,13 +374,18 @@ def _trains(client: Client, first: Tree) -> tuple[str, ...]:
     """Names of all that ``freeze=`` leaves free, statistics and buffers included; () where it is not given."""
     if not client.freeze:
         return ()
-    names = tuple(first.part("params"))
-    free = tuple(name for name in names if not is_under(name, tuple(client.freeze)))
-    if not 0 < len(free) < len(names):
-        what = "no parameter" if free else "every parameter"
-        raise UsageError(f"{client.name}: freeze={client.freeze!r} names {what} of its model ({client.model.kind})")
     if "part" not in client.model.offers:
         raise UsageError(f"{client.name} ({client.model.kind}) cannot train a part of itself; leave freeze= out")
+    names, said = tuple(first.part("params")), f"{client.name}: freeze={client.freeze!r} names"
+    for prefix in client.freeze:
+        if not any(is_under(name, (prefix.removeprefix("!"),)) for name in names):
+            known = ", ".join(sorted({name.replace("/", ".").partition(".")[0] for name in names})[:8])
+            nothing = f"no parameter by {prefix!r}" if len(client.freeze) > 1 else "no parameter"
+            raise UsageError(f"{said} {nothing} of its model ({client.model.kind}); it has {known}")
+    if all(is_under(name, tuple(client.freeze)) for name in names):
+        raise UsageError(
+            f"{said} every parameter of its model ({client.model.kind}), so that nothing would train; leave some free"
+        )
     moves = (name for name in first if not is_under(name, tuple(client.freeze)))
     return tuple(name if part_of(name) == "params" else name.partition(":")[2] for name in moves)
 
@@ -425,12 +459,12 @@ def _lacks(missing: frozenset[str], algorithm: Algorithm) -> str:
 def _first(algorithm: Algorithm, sites: Mapping[str, Site], seed: int) -> tuple[dict[str, Tree], dict[str, Tree]]:
     """For each group the state to start from: the job's own if it gives one, else what its first client offers.
 
-    The second mapping holds the groups for which the job gave it.
+    The second mapping holds what the job gave, for the groups that it fits.
     """
     first: dict[str, Tree] = {}
     for site in sites.values():
         if site.group not in first:
-            with naming(site.name):
+            with naming(site.name), naming_classes(site.problem, sites):
                 first[site.group] = site.model.first(site.train, first_env(site, seed))
     given = _given(algorithm, sites, seed)
     if given is not None:
@@ -440,7 +474,9 @@ def _first(algorithm: Algorithm, sites: Mapping[str, Site], seed: int) -> tuple[
             name, tree = next(iter(first.items()))
             raise SpecError(f"the state to start from does not fit {name}: {given.spec.difference(tree.spec)}")
         first.update({group: offered[group].overlay(given) for group in fits})
-        return first, {group: first[group] for group in fits}
+        # those first, as what is shared begins at the first group's
+        first = {group: first[group] for group in (*fits, *(group for group in first if group not in fits))}
+        return first, dict.fromkeys(fits, given)
     return first, {}
 
 
@@ -471,7 +507,11 @@ def trainers_of(algorithm: Algorithm, population: Population, *, seed: int) -> d
 def public_sites(
     models: Mapping[str, Any], algorithm: Algorithm, public: Raw, problem: Problem, *, seed: int
 ) -> dict[str, Site]:
-    """Each of the server's own models as a site whose rows are the public ones."""
+    """Each of the server's own models as a site whose rows are the public ones.
+
+    Raises:
+        UsageError, DataError: one that is no model, or that does not take these rows or gives other outputs: names it.
+    """
     if wrong := [name for name, model in models.items() if not isinstance(model, Model)]:
         raise UsageError(
             f"{algorithm.name}: {wrong[0]}= must be wrapped like a client's model: pf.torch(module), pf.keras(model), "
@@ -479,7 +519,11 @@ def public_sites(
         )
     preprocess = getattr(algorithm, "preprocess", None)
     rows, _ = tables.prepare_unlabelled(f"the server of {algorithm.name}", public, preprocess=preprocess, seed=seed)
-    return {name: Site(name, model, problem, rows, public=rows, group=name) for name, model in models.items()}
+    sites = {name: Site(name, model, problem, rows, public=rows, group=name) for name, model in models.items()}
+    for name, site in sites.items():
+        with naming(f"the {name} of {algorithm.name}" if name == "student" else f"the server's {name}"):
+            site.model.first(rows, first_env(site, seed))
+    return sites
 
 
 def first_env(site: Site, seed: int) -> Env:
@@ -515,6 +559,57 @@ def _preprocessing_notes(
         said = _differing_features({name: found for name, found in features.items() if found})
     end = "their inputs mean different things. Share an equal preprocessing, or use FedMD"
     return tuple(f"{algorithm.name} averages parameters of clients {what}; {end}" for what in said)
+
+
+def _alike(problem: Problem) -> Iterator[str]:
+    """A sentence for classes that differ in spelling alone: most likely they are one."""
+    spelled: dict[str, list[str]] = defaultdict(list)
+    for name in problem.classes or ():
+        spelled["".join(name.split()).casefold()].append(name)
+    for names in spelled.values():
+        if len(names) > 1:
+            yield f"classes {_few(names)} differ in case or spaces alone and count as {len(names)} classes"
+
+
+def _idle_public(algorithm: Algorithm, parts: Mapping[str, Parts]) -> Iterator[str]:
+    """A sentence where clients give up rows that nobody asks for."""
+    aside = {name: len(part.public) for name, part in parts.items() if len(part.public)}
+    if aside and not any("public" in words for words in algorithm.needs.any_of):
+        total = sum(aside.values())
+        yield f"{total} rows that {_few(list(aside))} set aside as public train nobody: {algorithm.name} asks for none"
+
+
+def _unfit_starts(clients: Mapping[str, Client], sites: Mapping[str, Site]) -> Iterator[str]:
+    """A sentence for each client that leaves entries of a tree, given as ``start=``, out."""
+    for name, client in clients.items():
+        taken = sites[name].begins.trees.get("own", Tree())
+        if isinstance(client.start, Tree) and (left := [entry for entry in client.start if entry not in taken]):
+            yield f"{name}: {_few(left)} of start= are not in its model with that shape and were left out"
+
+
+def with_used_start(population: Population, algorithm: Algorithm, state: State) -> Population:
+    """Of a given start only what is in the server's first state; what becomes of the rest is said in a note.
+
+    A client's private part starts at the client, which over a network nobody else can reach.
+    """
+    if not population.given:
+        return population
+    tree = next(iter(population.given.values()))
+    used = {name for name in tree if any(_has(found, name, tree) for found in state.trees.values())}
+    word, notes = "initial=" if getattr(algorithm, "initial", None) is not None else "model=", []
+    if idle := [name for name in tree if name not in used and part_of(name) != "buffers"]:
+        notes.append(
+            f"{_few(idle)} of {word} are not shared by {algorithm.name} and were left out: each client starts with its own; "
+            "give them with pf.Client(start=)"
+        )
+    if others := [group for group in population.first if group not in population.given]:
+        notes.append(f"{word} fits {_few(list(population.given))}; {_few(others)} starts as usual")
+    given = {group: tree.only(used) for group in population.given}
+    return replace(population, given=given, notes=(*population.notes, *notes))
+
+
+def _has(found: Tree, name: str, tree: Tree) -> bool:
+    return name in found and np.array_equal(found[name], tree[name])
 
 
 def _by_value(kinds: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,9 +17,9 @@ from polyfed import data as tables
 from polyfed.core import metrics
 from polyfed.core.algorithm import Predict
 from polyfed.core.errors import DataError, UsageError
-from polyfed.core.rows import Problem
+from polyfed.core.rows import Problem, Rows
 from polyfed.core.tree import Array
-from polyfed.data import Raw
+from polyfed.data import Prepared, Raw
 from polyfed.data.table import is_frame
 from polyfed.run.client import first_env
 
@@ -40,6 +41,7 @@ class Member:
         num_examples: its training rows.
         wants: input name -> names of a DataFrame's columns, or the shape of one row of an array.
         ask: raw rows with just these inputs -> (n, classes) probabilities; (n, outputs) values of a regression.
+        reshapes: whether its preprocessing makes of arrays of another shape what its model takes, such as smaller images.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Member:
     num_examples: int
     wants: Mapping[str, tuple[str, ...] | tuple[int, ...]]
     ask: Callable[[Raw], Array] = field(repr=False)
+    reshapes: Callable[[Raw], bool] = field(default=lambda _: False, repr=False)
 
     def answer(self, raw: Raw) -> Array:
         """(n, classes) probabilities, or (n, outputs) values; raises `DataError` for rows that lack what it reads."""
@@ -64,9 +67,15 @@ class Member:
         for key, wanted in self.wants.items():
             if (found := self._key(raw, key)) not in raw.inputs:
                 return f"reads the input {key!r}, the rows have {', '.join(raw.inputs)}"
-            if said := _misfit(raw.inputs[found], wanted):
+            if (said := _misfit(raw.inputs[found], wanted)) and not self._reshapes(raw):
                 return said
         return ""
+
+    def _reshapes(self, raw: Raw) -> bool:
+        found = {key: self._key(raw, key) for key in self.wants}
+        if any(there not in raw.inputs or is_frame(raw.inputs[there]) for there in found.values()):
+            return False  # columns are found by name, never made to fit
+        return self.reshapes(Raw({key: raw.inputs[there][:1] for key, there in found.items()}))
 
     def _key(self, raw: Raw, key: str) -> str:
         """A single input is the same whatever it is called."""
@@ -228,7 +237,19 @@ def _member(result: Result, name: str) -> Member:
         outputs = site.model.predict(Predict(start=(state,)), prepared.apply(name, raw), env)
         return said(outputs, problem)
 
-    return Member(name, site.model.kind, len(site.train), wants_of(result.population.raws[name]), ask)
+    wants = wants_of(result.population.raws[name])
+    return Member(name, site.model.kind, len(site.train), wants, ask, partial(reshapes, prepared, name, site.train))
+
+
+def reshapes(prepared: Prepared, name: str, own: Rows, raw: Raw) -> bool:
+    """Whether a function of the client's own makes of these rows, in another shape than its own, what its model takes."""
+    if not all(callable(step) and not hasattr(step, "transform") for step in prepared.fitted.values()):
+        return False
+    try:
+        made = prepared.apply(name, raw)
+    except DataError:
+        return False
+    return {key: a.shape[1:] for key, a in made.inputs.items()} == {key: a.shape[1:] for key, a in own.inputs.items()}
 
 
 def said(outputs: Array, problem: Problem) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from polyfed.core.tree import Array, Tree
 from polyfed.data import Raw
 from polyfed.data.prepare import Prepared
 from polyfed.data.problem import encode_target
-from polyfed.run.ensemble import Member, said, wants_of
+from polyfed.run.ensemble import Member, reshapes, said, wants_of
 
 if TYPE_CHECKING:
     from polyfed.run.result import Result
@@ -75,7 +76,7 @@ def student_member(result: Result) -> Member:
     def ask(raw: Raw) -> Array:
         return said(site.model.predict(Predict(start=(tree,)), through.apply(where, raw), env), problem)
 
-    return Member(STUDENT, site.model.kind, len(rows), wants_of(public), ask)
+    return Member(STUDENT, site.model.kind, len(rows), wants_of(public), ask, partial(reshapes, through, where, rows))
 
 
 # ------------------------------------------------------------------------------------------ against its teachers
