@@ -329,3 +329,26 @@ def test_check_when_over_names_nobody_says_who_is_there(make):
 
 def test_one_round_is_said_in_the_singular():
     assert Rounds(1)(logs(1)) == "1 round is done"
+
+
+# ---------------------------------------------------------------- cost
+
+
+class Counted(dict):
+    """Metrics of a round that count how often all clients are gone through."""
+
+    reads = 0
+
+    def items(self):
+        self.reads += 1
+        return super().items()
+
+
+def test_rules_when_the_history_grows_read_a_rounds_metrics_no_more_often():
+    rule = NoImprovement("auc", 99, roll_back=True) | Diverged(factor=9.0) | Converged(window=3, tolerance=0.0)
+    history = [RoundLog(i, metrics=Counted(a={"loss": 1.0 + i % 7, "auc": 0.5 + i / 99})) for i in range(1, 41)]
+    for n in range(1, 41):
+        assert rule(history[:n]) is None
+        assert rule.keeps(history[:n]) == {best_round(history[:n], "auc"), best_round(history[:n], "loss")}
+    assert max(log.metrics.reads for log in history) <= 3, "a round is worked out again in every later round"
+    assert history[0] == RoundLog(1, metrics=dict(history[0].metrics)), "what was worked out is no part of the value"

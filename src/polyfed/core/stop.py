@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import ClassVar, Literal
 
 from polyfed.core.errors import UsageError
@@ -45,7 +46,14 @@ def direction(metric: str, better: Better | None = None) -> Better:
 
 
 def value_of(log: RoundLog, metric: str, over: str, better: Better) -> float | None:
-    """A metric of one round over the clients; None if nobody reports a finite value."""
+    """A metric of one round over the clients; None if nobody reports a finite value. Worked out once a round."""
+    asked = (metric, over, better)
+    if asked not in log.memo:
+        log.memo[asked] = _over_clients(log, *asked)
+    return log.memo[asked]
+
+
+def _over_clients(log: RoundLog, metric: str, over: str, better: Better) -> float | None:
     values = {name: m[metric] for name, m in log.metrics.items() if metric in m and math.isfinite(m[metric])}
     if over not in ("mean", "worst"):
         return values.get(over)
@@ -327,14 +335,15 @@ class Converged(Stop):
             _can_be_read('Converged(on="loss")', "mean", clients, evaluates=evaluates)
 
     def _flat_loss(self, history: History) -> str | None:
-        last = [value for _, value in series(history, "loss", "mean", "lower")][-self.window :]
+        values = (value_of(log, "loss", "mean", "lower") for log in reversed(history))
+        last = list(islice((value for value in values if value is not None), self.window))
         band = (max(last) - min(last)) if last else 0.0
         if len(last) < self.window or band > self.tolerance * abs(math.fsum(last) / len(last)):
             return None
         return f"mean loss stayed within {band:.3g} for {self.window} rounds"
 
     def _short_steps(self, history: History) -> str | None:
-        last = [log for log in history if log.accepted][-self.window :]
+        last = list(islice((log for log in reversed(history) if log.accepted), self.window))
         moved = [log.update_norm / log.state_norm for log in last if log.state_norm > 0]
         if len(moved) < self.window or not max(moved) <= self.tolerance:
             return None
