@@ -8,12 +8,11 @@ from sklearn.preprocessing import StandardScaler
 from sklearn_sites import VALUE, averaged, cut, diabetes, env_of, rows_of
 
 from polyfed.core.algorithm import Predict
-from polyfed.core.checks_model import MODEL_CHECKS, Case
+from polyfed.core.checks_model import MODEL_CHECKS, Case, check_model
 from polyfed.core.errors import DataError, UsageError
 from polyfed.models import sklearn_transformers
 from polyfed.models.sklearn import sklearn
 
-PREDICTING = {"global_generators_stay", "inputs_are_untouched", "alignment_decides_no_bits"}  # of every model so far
 PARTS = cut(442, (1, 141, 300))
 
 
@@ -110,11 +109,27 @@ def test_column_when_nobody_has_a_value_then_is_as_scikit_learn_says():
 
 
 @pytest.mark.parametrize("estimator", [StandardScaler(), PCA(), SimpleImputer()], ids=repr)
-@pytest.mark.parametrize("check", sorted(set(MODEL_CHECKS) - PREDICTING))
+@pytest.mark.parametrize("check", MODEL_CHECKS)
 def test_transformer_when_checked_then_keeps_the_contract(estimator, check):
     x, y = diabetes()
     rows = rows_of(x[:50], y[:50])
     MODEL_CHECKS[check](Case(sklearn(estimator), rows, env_of(rows, VALUE)))
+
+
+def test_transformer_when_it_moves_a_global_generator_then_the_checks_say_so(monkeypatch):
+    x, y = diabetes()
+    rows = rows_of(x[:50], y[:50])
+    model = sklearn(StandardScaler())
+    fit = type(model).fit
+
+    def stirring(self, *asked):
+        np.random.random()  # noqa: NPY002  # the mistake that is to be noticed
+        return fit(self, *asked)
+
+    check_model(model, rows, env_of(rows, VALUE))
+    monkeypatch.setattr(type(model), "fit", stirring)
+    with pytest.raises(AssertionError, match=r"fit left the global generator of .*numpy.* changed"):
+        check_model(model, rows, env_of(rows, VALUE))
 
 
 def test_transformer_when_it_is_asked_too_much_then_says_so():
