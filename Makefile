@@ -16,6 +16,8 @@ export MPLBACKEND := agg
 
 .venv/.ready-all: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,tensorflow,jax]'
+	@# read as files, never imported; with their dependencies they would bring an older pandas
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps oncodatasets scikit-survival
 	@touch $@
 
 # Four hospitals with four different models train together on real patients; writes report.html.
