@@ -8,6 +8,7 @@ import hashlib
 import json
 import warnings
 from dataclasses import asdict
+from itertools import pairwise
 
 import numpy as np
 
@@ -27,12 +28,16 @@ def rows_of(name, number):
     return x, (x @ truth + r.normal(size=(number, CLASSES))).argmax(1)
 
 
-def federated(model, *, public=0.0, sizes=None):
+def public():
+    return rows_of("public", 14)[0]
+
+
+def federated(model, *, public=0.0, sizes=None, consents=()):
     """Clients with a model each: `model` is one for all, or a list taken in turn."""
     models = model if isinstance(model, list) else [model]
     split = pf.Split(validation=0.2, test=0.2, public=public)
     return [
-        pf.Client(name, models[i % len(models)], data=rows_of(name, n), split=split)
+        pf.Client(name, models[i % len(models)], data=rows_of(name, n), split=split, consents=consents)
         for i, (name, n) in enumerate((sizes or SIZES).items())
     ]
 
@@ -40,7 +45,8 @@ def federated(model, *, public=0.0, sizes=None):
 # ---------------------------------------------------------------- models
 
 
-def torch_model(style):
+def torch_model(style, head=()):
+    """A base and a head; `head` is how wide the head's own layers before the last are."""
     from torch import nn
 
     def base():
@@ -49,10 +55,15 @@ def torch_model(style):
         layers += [nn.Dropout(0.3)] if style == "dropout" else []
         return nn.Sequential(*layers, nn.Tanh())
 
+    def personal():
+        widths = [8, *head]
+        layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU())]
+        return nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES))
+
     batch = 64 if style == "full batch" else 5
     return pf.torch(
         shared=base,
-        personal=lambda: nn.Linear(8, CLASSES),
+        personal=personal,
         batch_size=batch,
         shuffle=style != "full batch",
         epochs=2,
@@ -60,14 +71,15 @@ def torch_model(style):
     )
 
 
-def keras_model(style):
+def keras_model(style, base="shared"):
     import keras
 
     keras.utils.set_random_seed(1)
-    layers = [keras.Input((INPUTS,)), keras.layers.Dense(8, "tanh", name="shared")]
-    layers += [keras.layers.BatchNormalization(name="shared_norm")] if style == "batch norm" else []
+    layers = [keras.layers.Dense(8, "tanh")]
+    layers += [keras.layers.BatchNormalization()] if style == "batch norm" else []
     layers += [keras.layers.Dropout(0.3)] if style == "dropout" else []
-    model = keras.Sequential([*layers, keras.layers.Dense(CLASSES, name="personal")])
+    ends = keras.Input((INPUTS,)), keras.layers.Dense(CLASSES, name="personal")
+    model = keras.Sequential([ends[0], keras.Sequential(layers, name=base), ends[1]])
     model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return pf.keras(model, epochs=2, batch_size=64 if style == "full batch" else 5, shuffle=style != "full batch")
 
@@ -95,7 +107,7 @@ STYLES = {
     "sklearn": ("full batch", "mini-batches", "layers"),
 }
 MODELS = {"torch": torch_model, "keras": keras_model, "sklearn": sklearn_model}
-BASE = ("shared", "shared_norm")
+BASE = "shared"
 ALGORITHMS = {
     "FedAvg": lambda: pf.FedAvg(),
     "FedAvg(shared)": lambda: pf.FedAvg(shared=BASE),
@@ -104,7 +116,7 @@ ALGORITHMS = {
     "FedAdagrad": lambda: pf.FedAdagrad(lr=0.05),
     "FedAdam": lambda: pf.FedAdam(lr=0.05),
     "FedYogi": lambda: pf.FedYogi(lr=0.05),
-    "FedMD": lambda: pf.FedMD(rows_of("public", 14)[0]),
+    "FedMD": lambda: pf.FedMD(public()),
 }
 
 
@@ -117,6 +129,32 @@ PERSONAL = {
     "PFedMe": lambda: pf.PFedMe(lam=2.0, lr=0.2, steps=2, local_rounds=3),
     "FedBN": lambda: pf.FedBN(),
 }
+
+
+def together(algorithm):
+    """(algorithm, clients) where models of several kinds take part, and where the server trains models itself."""
+    nets = [torch_model("batch norm"), keras_model("dropout")]
+    heads = [torch_model("dropout"), torch_model("dropout", head=(4,))]
+    if algorithm == "Distill":
+        student = torch_model("dropout")
+        made = pf.Distill(public(), student=student, digest=1, feedback=True, weighting="entropy")
+        return made, federated([*nets, forest()])
+    if algorithm == "FedDF":
+        return pf.FedDF(public(), epochs=2, models=nets), federated([*nets, forest()])
+    if algorithm == "FedMD(shared)":
+        models = [torch_model("dropout"), keras_model("batch norm", base="body"), forest()]
+        return pf.FedMD(public(), shared=BASE, weighting="certainty"), federated(models)
+    if algorithm == "FedPer(mean)":
+        return pf.FedPer(shared=BASE, every=2, feedback="mean"), federated(heads, consents="personal")
+    made = pf.FedPer(shared=BASE, feedback="distill", digest=2, public=public(), models=heads)
+    return made, federated(heads, consents="personal")
+
+
+TOGETHER = ("Distill", "FedDF", "FedMD(shared)", "FedPer(mean)", "FedPer(distill)")
+
+
+def together_cells():
+    return [(algorithm, "together", "") for algorithm in TOGETHER]
 
 
 def personal_cells():
@@ -142,6 +180,8 @@ def cells():
 def settings_of(cell):
     """Arguments of `pf.simulate` for a cell, without the executor."""
     algorithm, framework, style = cell
+    if framework == "together":
+        return _settings(*together(algorithm))
     return _settings((ALGORITHMS | PERSONAL)[algorithm](), federated(MODELS[framework](style)))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 CELLS = list(kinds.cells())
 PERSONAL = list(kinds.personal_cells())
+TOGETHER = kinds.together_cells()
 LIGHT = [cell for cell in CELLS if cell[1] == "torch" or cell[1:] == ("sklearn", "mini-batches")]
 KERAS = [("FedAvg", "keras", "dropout"), ("FedProx", "keras", "batch norm"), ("FedMD", "keras", "mini-batches")]
 
@@ -59,6 +60,24 @@ def test_bits_when_models_are_personal_are_the_same_however_they_are_run():
 def test_bits_when_models_are_personal_and_clients_join_over_the_network_are_the_same():
     cells = [cell for cell in PERSONAL if cell[1] == "torch"]
     assert matrix.disagreements(matrix.tables(cells, ["loop", "network"], hash_seeds=(0,))) == []
+
+
+def test_bits_when_models_of_several_kinds_learn_together_are_the_same_however_they_are_run():
+    found = matrix.tables(TOGETHER, {0: ["loop", "shuffled"], 1: ["processes 2"]})
+    assert len(set(found.values())) == len(TOGETHER)
+    assert matrix.disagreements(found) == []
+
+
+def test_bits_when_a_server_folds_its_teachers_as_they_come_differ():
+    cells = [("Distill", "together", ""), ("FedDF", "together", "")]
+    assert matrix.disagreements(matrix.tables(cells, ["loop", "arrival order"], hash_seeds=(0,))) == cells
+
+
+@pytest.mark.heavy
+def test_bits_when_models_of_several_kinds_learn_together_are_the_same_in_every_way():
+    found = matrix.tables(TOGETHER, list(matrix.WAYS))
+    assert len(found) == len(TOGETHER) * len(matrix.WAYS) * 2
+    assert matrix.disagreements(found) == []
 
 
 @pytest.mark.heavy
