@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import polyfed
 from polyfed.core.algorithm import Algorithm
 from polyfed.core.checks_executor import (
     SEED,
@@ -264,6 +265,12 @@ def test_an_answer_that_cannot_be_sent_is_the_clients_failure():
 def test_a_broken_client_comes_with_its_last_lines():
     got = answers(Processes(1), toy_jobs(toy_sites(["a"])), ToyAlgorithm(broken=("a",)), ["a"])
     assert got["a"].error.lines[-1] == "ValueError: this client is broken"
+
+
+def test_workers_compute_on_one_thread_whatever_the_driver_was_told(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    polyfed._one_thread()
+    assert set(os.environ) <= set(launch.ONE_THREAD), "a driver with more threads would hand them on to its workers"
 
 
 def test_bad_arguments_are_refused():

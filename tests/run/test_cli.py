@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,9 @@ from typer.testing import CliRunner
 import polyfed as pf
 from polyfed.run.cli import app
 from polyfed.run.demo import interval
+from polyfed.run.result import versions
 
+ROOT = Path(__file__).parents[2]
 MAIN = [sys.executable, "-c", "from polyfed.run.cli import main; main()"]
 HEAD = """
 import numpy as np
@@ -334,6 +339,17 @@ def test_the_demo_without_a_framework_says_what_to_install():
 def test_version_is_an_option_too():
     done = call("--version")
     assert (done.exit_code, done.output.strip()) == (0, f"polyfed {pf.__version__}")
+
+
+def test_versions_name_every_installed_framework_of_the_extras():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    frameworks = [
+        line for name in ("torch", "keras", "sklearn", "tensorflow", "jax", "boosting") for line in extras[name]
+    ]
+    names = {re.match(r"[a-z-]+[a-z]", line)[0] for line in frameworks} - {"polyfed", "pandas", "skops"}
+    installed = {name: metadata.version(name) for name in names if list(metadata.distributions(name=name))}
+    assert {"torch", "keras", "scikit-learn", "jax", "lightgbm", "xgboost-cpu"} <= names
+    assert {name: versions().get(name) for name in installed} == installed
 
 
 def test_a_folder_runs_its_federation(tmp_path):

@@ -32,6 +32,7 @@ ONE_THREAD = (
     "NUMBA_NUM_THREADS",
     "TF_NUM_INTRAOP_THREADS",
     "TF_NUM_INTEROP_THREADS",
+    "PJRT_NPROC",
 )
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[4]); from polyfed.executors.worker import main; "
 _BOOT += "main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"

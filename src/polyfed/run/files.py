@@ -4,7 +4,7 @@
     DIR/state.polyfed            the server's state
     DIR/memories/CLIENT.polyfed  what a client keeps
     DIR/models/CLIENT.keras      a Keras model
-    DIR/models/CLIENT.skops      a scikit-learn estimator
+    DIR/models/CLIENT.skops      a scikit-learn estimator: skops' zip; of LightGBM and XGBoost JSON around their own text
     DIR/models/CLIENT.polyfed    any model's state; a PyTorch module is made of it by ``saved.model(CLIENT, into=MyNet())``
     DIR/preprocess/CLIENT-0.skops  a client's fitted preprocessing: ``saved.ensemble()``
     DIR/student.*                the student that the server taught, as a client's model: ``saved.student()``

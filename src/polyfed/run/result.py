@@ -471,7 +471,8 @@ def _rounds(rounds: Mapping[int, str], of: int) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of everything that decides bits."""
-    names = ("polyfed", "numpy", "torch", "keras", "scikit-learn", "tensorflow-cpu")
+    names = ("polyfed", "numpy", "torch", "keras", "scikit-learn", "tensorflow-cpu", "tensorflow", "jax", "jaxlib")
+    names += ("lightgbm", "xgboost-cpu", "xgboost")
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in names:
         try:
