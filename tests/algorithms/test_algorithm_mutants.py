@@ -27,8 +27,8 @@ from polyfed.algorithms import (
     PFedMe,
     apfl,
     consensus,
-    ditto,
     fedavg,
+    fedprox,
 )
 from polyfed.algorithms.fedopt import Adaptive, ServerOptimizer
 from polyfed.algorithms.personal import Personal
@@ -270,7 +270,7 @@ MUTANTS = {
         lambda s, message, memory: FedAvg.start(s, message, Message()),
         "ditto",
     ),
-    "a personal model is pulled twice": (ditto, "Near", lambda lam: Near(2 * lam), "ditto"),
+    "a personal model is pulled twice": (fedprox, "Near", lambda lam: Near(2 * lam), "ditto"),
     "the anchor is what the client trained": (Ditto, "personal", anchored_at_trained, "ditto"),
     "a step of the mixture is alpha's": (apfl, "Own", lambda weight: Own(weight**0.5), "apfl"),
     "alpha is the shared model's share": (apfl, "mixed", lambda a, v, w: apfl_mixed(1 - a, v, w), "apfl"),

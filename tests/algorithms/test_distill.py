@@ -361,7 +361,7 @@ def test_student_when_missing_or_not_wrapped_says_what_to_write():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"epochs": 0}, "epochs=0 of the student must be at least 1"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
         ({"feedback": True}, "say for how many epochs, digest=1"),
         ({"digest": -1}, "digest=-1"),
         ({"temperature": 0}, "temperature=0"),

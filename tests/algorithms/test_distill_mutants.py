@@ -149,7 +149,7 @@ MUTANTS = {
     "the base is weighted like predictions": (
         FedMD,
         "weight",
-        Consensus.weight,
+        lambda s, numbers, lag, tree: Consensus.weight(s, numbers, lag, "soft"),
         shared.test_weights_when_predictions_are_uniform_leave_the_base_weighted_by_rows,
     ),
     "the student begins anew each round": (Distill, "server_update", from_scratch, TAUGHT),

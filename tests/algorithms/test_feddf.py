@@ -217,10 +217,10 @@ def test_round_when_its_trainers_are_missing_averages_alone():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"epochs": 0}, "epochs=0 of the server must be at least 1"),
-        ({"steps": 0}, "steps=0 of the server"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
         ({"steps": 1, "epochs": 1}, "epochs= and steps= both say how long the server trains"),
-        ({"average": "votes"}, "write one of probabilities, logits"),
+        ({"average": "votes"}, 'write "probabilities" or "logits"'),
     ],
 )
 def test_option_when_wrong_says_what_to_write(options, words):

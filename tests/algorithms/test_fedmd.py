@@ -115,9 +115,9 @@ def test_start_when_a_newcomer_is_evaluated_is_its_first_state():
         ({"strength": -1.0}, "strength=-1.0"),
         ({"digest": -1}, "digest=-1"),
         ({"revisit": 0}, "revisit=0"),
-        ({"order": "first"}, "order='first' is unknown; write one of last, paper"),
-        ({"average": "labels"}, "probabilities, logits"),
-        ({"weighting": "rows"}, "uniform, num_examples"),
+        ({"order": "first"}, 'order=.first. is unknown; write "last" or "paper"'),
+        ({"average": "labels"}, 'write "probabilities" or "logits"'),
+        ({"weighting": "rows"}, 'write "uniform", "num_examples", "certainty" or "entropy"'),
     ],
 )
 def test_option_when_wrong_says_what_to_write(options, words):

@@ -178,7 +178,7 @@ def test_default_head_of_a_regression_is_distilled_from_values():
         ({"shared": ()}, "FedPer shares a part"),
         ({"every": 0}, "at least 1"),
         ({"digest": 0}, "at least 1"),
-        ({"feedback": "average"}, '"mean" or "distill"'),
+        ({"feedback": "average"}, 'write "mean", "distill" or leave it out'),
         ({"feedback_rounds": 3}, "the last round of feedback="),
         ({"feedback": "mean", "feedback_rounds": 0}, "at least 1"),
         ({"temperature": 0.0}, "above 0"),

@@ -92,7 +92,7 @@ def test_fedbabu_when_a_group_has_no_head_is_refused():
 
 
 def test_fedbabu_when_tuning_is_negative_is_refused():
-    with pytest.raises(UsageError, match="at least 0 epochs"):
+    with pytest.raises(UsageError, match="fine_tune=-1 must be at least 0"):
         FedBABU(shared="base", fine_tune=-1)
 
 

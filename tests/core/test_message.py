@@ -27,6 +27,13 @@ def test_put_when_given_nothing_is_equal():
     assert message().put() == message()
 
 
+def test_only_keeps_the_named_trees_that_there_are_and_all_else():
+    message = Message({"a": Tree({"x": 1.0}), "b": Tree({"x": 2.0})}, {"n": 3.0}, {"t": ("u",)})
+    assert list(message.only("b", "c", "a").trees) == ["b", "a"]
+    assert message.only("b").put(trees={"a": message.trees["a"]}) == message
+    assert message.only().numbers == message.numbers
+
+
 def test_message_when_assigned_to_refuses():
     with pytest.raises(dataclasses.FrozenInstanceError):
         message().numbers = {}

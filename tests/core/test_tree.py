@@ -445,6 +445,13 @@ def test_overlay_when_an_entry_does_not_fit_names_it(other, sentence):
         tree(a=[1, 2], b=3).overlay(other)
 
 
+def test_like_takes_the_entries_of_a_spec_in_its_order_and_refuses_what_is_absent():
+    t = tree(a=1, b=[2, 2], c=3)
+    assert list(t.like(spec(c=(), a=()))) == ["c", "a"]
+    with pytest.raises(SpecError, match="missing 'd'"):
+        t.like(spec(a=(), d=()))
+
+
 def test_in_order_of_reorders_and_refuses_other_names():
     t = tree(a=1, b=[2, 2])
     assert t.in_order_of(spec(b=(2,), a=())) == tree(b=[2, 2], a=1)

@@ -21,40 +21,6 @@ from polyfed.algorithms.local import Local
 from polyfed.algorithms.pfedme import PFedMe
 from polyfed.core.algorithm import Algorithm
 
-#: Every built-in algorithm by name. A site adds its own to a copy: ``{**REGISTRY, "Mine": Mine}``.
-REGISTRY: Mapping[str, type[Algorithm]] = MappingProxyType(
-    {
-        kind.__name__: kind
-        for kind in (
-            APFL,
-            Distill,
-            Ditto,
-            FedAdagrad,
-            FedAdam,
-            FedAvg,
-            FedAvgM,
-            FedBABU,
-            FedBN,
-            FedDF,
-            FedMD,
-            FedPer,
-            FedProx,
-            FedRep,
-            FedYogi,
-            Local,
-            PFedMe,
-        )
-    }
-)
-
-
-def table() -> str:
-    """Each method by each kind of model, and what it asks of a federation: a Markdown table, made from the code."""
-    from polyfed.algorithms import methods  # only where it is asked for
-
-    return methods.table()
-
-
 __all__ = [
     "APFL",
     "REGISTRY",
@@ -76,3 +42,15 @@ __all__ = [
     "PFedMe",
     "table",
 ]
+
+#: Every built-in algorithm by name: the classes of `__all__`. A site adds its own to a copy: ``{**REGISTRY, "Mine": Mine}``.
+REGISTRY: Mapping[str, type[Algorithm]] = MappingProxyType(
+    {name: kind for name in __all__ if isinstance(kind := globals().get(name), type)}
+)
+
+
+def table() -> str:
+    """Each method by each kind of model, and what it asks of a federation: a Markdown table, made from the code."""
+    from polyfed.algorithms import methods  # only where it is asked for
+
+    return methods.table()

@@ -66,31 +66,27 @@ class APFL(Personal):
         alpha, own, w = self._alpha(memory), memory.trees.get("own"), message.trees["params"]
         if own is None or not alpha:
             return FedAvg.start(self, message, beside(message, memory))
-        return (*super().start(message, memory), mixed(alpha, _part(own, w), w))
+        return (*super().start(message, memory), mixed(alpha, own.like(w.spec), w))
 
     def personal(self, message: Message, memory: Memory, fitted: Fitted) -> Generator[Any, Any, Message]:
         alpha, own, w = self._alpha(memory), memory.trees.get("own"), message.trees["params"]
         if not alpha and own is None:
             return Message()
-        v = w if own is None else _part(own, w)
+        v = w if own is None else own.like(w.spec)
         if alpha:
             start = self.start(message, memory)
             fitted = yield Fit(start=start, terms=(Own(alpha * alpha),))
-            own = fitted.state.overlay(unmixed(alpha, _part(fitted.state, w), w))
+            own = fitted.state.overlay(unmixed(alpha, fitted.state.like(w.spec), w))
         assert own is not None
         if not self.adaptive:
             return Message(trees={"own": own})
-        went = mixed(alpha, v, w) - _part(fitted.state, w)  # at α = 0 the shared model's own way from w
+        went = mixed(alpha, v, w) - fitted.state.like(w.spec)  # at α = 0 the shared model's own way from w
         slope = (v - w).dot(went) / ((alpha * alpha or 1.0) * max(fitted.steps, 1))
         after = min(max(alpha - slope, 0.0), 1.0)
         return Message(trees={"own": own}, numbers={"alpha": after if after >= SMALLEST else 0.0})
 
     def _alpha(self, memory: Memory) -> float:
         return memory.numbers.get("alpha", self.alpha)
-
-
-def _part(state: Tree, like: Tree) -> Tree:
-    return state.only(like).in_order_of(like.spec)
 
 
 def mixed(alpha: float, v: Tree, w: Tree) -> Tree:

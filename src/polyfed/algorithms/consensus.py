@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from polyfed.algorithms.fedavg import numbers_of
+from polyfed.algorithms.options import one_of, positive
 from polyfed.core.aggregate import Aggregate
-from polyfed.core.algorithm import Algorithm, Env, Fit
+from polyfed.core.algorithm import Algorithm, Env, Fit, Fitted, Predict
 from polyfed.core.errors import DataError, UsageError
 from polyfed.core.message import Message
 from polyfed.core.metrics import no_logits
@@ -58,21 +60,12 @@ class Consensus(Algorithm):
     sharpen: float = field(default=0.0, kw_only=True)
     strength: float = field(default=1.0, kw_only=True)
 
-    #: option -> the words that it takes
-    words: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "weighting": ("uniform", "num_examples", "certainty", "entropy"),
-        "average": ("probabilities", "logits"),
-    }
-
     def __post_init__(self) -> None:
-        for name in ("temperature", "strength"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise UsageError(f"{name}={getattr(self, name)!r} must be a number above 0")
+        positive(temperature=self.temperature, strength=self.strength)
         if not 0.0 <= self.sharpen < math.inf:
             raise UsageError(f"sharpen={self.sharpen!r} must be a number above 0, or 0 for none")
-        for name, known in self.words.items():
-            if getattr(self, name) not in known:
-                raise UsageError(f"{name}={getattr(self, name)!r} is unknown; write one of {', '.join(known)}")
+        one_of("uniform", "num_examples", "certainty", "entropy", weighting=self.weighting)
+        one_of("probabilities", "logits", average=self.average)
 
     # ---------------------------------------------------------------- before round 1
 
@@ -101,6 +94,12 @@ class Consensus(Algorithm):
             )
 
     # ---------------------------------------------------------------- at a client
+
+    def answer(self, fitted: Fitted, public: Rows, env: Env) -> Generator[Predict, Any, Message]:
+        """Asks a trained model for its predictions; returns the upload: tree "soft", and the numbers."""
+        outputs: Array = yield Predict(start=(fitted.state,), rows=public)
+        soft, numbers = self.soft(outputs, env)
+        return Message({"soft": soft}, numbers_of(fitted, env) | numbers)
 
     def soft(self, outputs: Array, env: Env) -> tuple[Tree, dict[str, float]]:
         """What a client sends of its outputs on the public rows: tree "soft", and numbers to go beside.
@@ -133,7 +132,8 @@ class Consensus(Algorithm):
         return Spec(spec | ({"weight": Entry("float32", (int(rows), 1))} if self.weighting == "entropy" else {}))
 
     def weight(self, numbers: Mapping[str, float], lag: int, tree: str) -> float:
-        del lag, tree
+        if tree != "soft":
+            return super().weight(numbers, lag, tree)  # a part that is shared besides counts by rows
         if self.weighting == "certainty":
             return min(numbers["certainty"], 1.0)  # a larger claim would outweigh everybody
         return numbers["num_examples"] if self.weighting == "num_examples" else 1.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from polyfed.algorithms.fedmd import FedMD
+from polyfed.algorithms.options import at_least
 from polyfed.core.aggregate import Aggregate
 from polyfed.core.algorithm import Env, Fit, Fitted, Needs, Predict
 from polyfed.core.errors import UsageError
@@ -53,8 +54,7 @@ class Distill(FedMD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epochs is not None and self.epochs < 1:
-            raise UsageError(f"epochs={self.epochs} of the student must be at least 1")
+        at_least(1, epochs=self.epochs)
         if self.feedback and not self.digest:
             raise UsageError("feedback=True is digested by the clients: say for how many epochs, digest=1")
         if not self.digest:
@@ -66,11 +66,10 @@ class Distill(FedMD):
 
     def broadcast(self, state: State, client: str, env: Env) -> Message:
         """What clients digest, if they do, and the shared part of those who share one."""
-        told = "lesson" if self.feedback else "soft"
-        trees = {name: state.trees[name] for name in ("params", "stats") if name in state.trees}
+        sent, told = state.only("params", "stats"), "lesson" if self.feedback else "soft"
         if self.digest and told in state.trees:
-            trees["soft"] = state.trees[told]
-        return super().broadcast(replace(state, trees=trees), client, env)
+            sent = sent.put(trees={"soft": state.trees[told]})
+        return super().broadcast(sent, client, env)
 
     def lesson(self, message: Message, public: Rows, problem: Problem) -> Fit | None:
         """As in `FedMD`; what the student says is not sharpened again: it has learned what was."""

@@ -7,11 +7,12 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-from polyfed.algorithms.personal import Personal, check_pull
+from polyfed.algorithms.fedprox import check_pull, pulled
+from polyfed.algorithms.options import at_least
+from polyfed.algorithms.personal import Personal
 from polyfed.core.algorithm import Fit, Fitted
 from polyfed.core.errors import UsageError
 from polyfed.core.message import Memory, Message
-from polyfed.core.terms import Near, Own
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,10 @@ class Ditto(Personal):
         super().__post_init__()
         if not 0.0 <= self.lam < math.inf:
             raise UsageError(f"lam={self.lam!r} must be a number of at least 0; 0.1 is a usual value")
-        if self.personal_epochs is not None and self.personal_epochs < 1:
-            raise UsageError(f"personal_epochs={self.personal_epochs} must be at least 1")
+        at_least(1, personal_epochs=self.personal_epochs)
 
     def personal(self, message: Message, memory: Memory, fitted: Fitted) -> Generator[Any, Any, Message]:
         check_pull(self.name, self.lam, fitted.lr)
-        terms = (Own(), Near(self.lam)) if self.lam else (Own(),)
-        tensors = {"anchor": message.trees["params"]} if self.lam else {}
-        start = self.start(message, memory)
-        trained: Fitted = yield Fit(start=start, terms=terms, tensors=tensors, epochs=self.personal_epochs)
+        request = Fit(start=self.start(message, memory), epochs=self.personal_epochs)
+        trained: Fitted = yield pulled(request, self.lam, message.trees["params"])
         return Message(trees={"own": trained.state})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
 
+from polyfed.algorithms.options import one_of
 from polyfed.core.aggregate import Aggregate, moments_of, moments_spec, stats_of
 from polyfed.core.algorithm import Algorithm, ClientUpdate, Env, Fit, Fitted
 from polyfed.core.errors import SpecError, UsageError
@@ -37,10 +39,9 @@ class FedAvg(Algorithm):
     What a client keeps frozen (``pf.Client(freeze=)``) weighs nothing: beside its step it sends counts ("params#",
     "stats#"), 0 for each frozen entry, so that a base that it never trains does not hold the others' back.
 
-    Wire: down "params" (θ) and "stats"; up the same names and shapes ("stats" as float64 moments), with numbers ``num_examples`` (training rows),
-    ``steps`` and, where the model reports one, ``loss`` (mean training loss).
-    Invariants (numbered as in tests/algorithms/invariants.py): 1, 14, 16, 18-20, 26, 28, 36,
-    40, 52, 59.
+    Wire: down "params" (θ) and "stats"; up the same names and shapes ("stats" as float64 moments), with numbers
+    ``num_examples`` (training rows), ``steps`` and, where the model reports one, ``loss`` (mean training loss).
+    Invariants (numbered as in tests/algorithms/invariants.py): 1, 14, 16, 18-20, 26, 28, 36, 40, 52, 59.
 
     Attributes:
         shared: prefixes of entry names, whole path elements ("base", "encoder.0"), those after "!" taken out ("!head" is
@@ -62,8 +63,7 @@ class FedAvg(Algorithm):
         object.__setattr__(self, "shared", (self.shared,) if isinstance(self.shared, str) else tuple(self.shared))
         if not all(prefix.removeprefix("!") for prefix in self.shared):
             raise UsageError("shared= holds an empty prefix; leave shared out to share everything")
-        if self.weighting not in ("num_examples", "uniform"):
-            raise UsageError(f'weighting={self.weighting!r} is unknown; write "num_examples" or "uniform"')
+        one_of("num_examples", "uniform", weighting=self.weighting)
         if self.model is not None and self.initial is not None:
             raise UsageError("model= and initial= both say where to start; give one of them")
 
@@ -72,12 +72,40 @@ class FedAvg(Algorithm):
         prefixes = tuple(self.shared)
         return {name for name in names if is_under(name, prefixes)}
 
+    def offered(self, state: Spec) -> Collection[str]:
+        """What is shared, but for buffers: the personal part stays at its client from the start."""
+        return {name for name in self.shared_names(state) if part_of(name) != "buffers"}
+
+    def personal_spec(self, state: Spec) -> Spec:
+        """Of a whole model's spec what is not shared: parameters and statistics; buffers never leave."""
+        shared = self.shared_names(state)
+        return state.select(lambda name: name not in shared and part_of(name) != "buffers")
+
     def init(self, env: Env) -> State:
-        return Message(trees=_shared_start(self, env))
+        """The shared part of the first state: "params", and "stats" if it has any.
+
+        Several groups are fine while their shared parts have one spec; the first group's values are taken.
+
+        Raises:
+            UsageError: no group, or `shared` names nothing that is trained, or a prefix of it nothing of any group.
+            SpecError: the shared parts of two groups differ; names both groups and the entries.
+        """
+        if not env.first:
+            raise UsageError(f"{self.name} has no model to start from: no client offers parameters; give model=")
+        _check_shared(self, env)
+        parts = {group: _part(first, self.shared_names(first)) for group, first in env.first.items()}
+        chosen, *others = parts
+        for group, name in product(others, parts[chosen]):
+            if difference := parts[group][name].spec.difference(parts[chosen][name].spec):
+                raise SpecError(
+                    f"{self.name} cannot average {group} with {chosen}: {difference}; "
+                    "share an equal part with shared=, or use FedMD, which needs no equal models"
+                )
+        return Message(trees={name: tree for name, tree in parts[chosen].items() if tree})
 
     def broadcast(self, state: State, client: str, env: Env) -> Message:
         del client, env
-        return Message(trees={name: state.trees[name] for name in ("params", "stats") if name in state.trees})
+        return state.only("params", "stats")
 
     def client_update(self, message: Message, memory: Memory, env: Env) -> ClientUpdate:
         fitted: Fitted = yield self.request(message, memory)
@@ -90,9 +118,9 @@ class FedAvg(Algorithm):
     def upload(self, message: Message, fitted: Fitted, env: Env) -> Message:
         """Trained minus start of what was sent, moments of its statistics, and the numbers."""
         sent, state = message.trees, fitted.state
-        trees = {"params": state.only(sent["params"]).in_order_of(sent["params"].spec) - sent["params"]}
+        trees = {"params": state.like(sent["params"].spec) - sent["params"]}
         if "stats" in sent:
-            trees["stats"] = moments_of(state.only(sent["stats"]).in_order_of(sent["stats"].spec), sent["stats"])
+            trees["stats"] = moments_of(state.like(sent["stats"].spec), sent["stats"])
         if env.frozen:
             trees |= {f"{name}#": _counts(tree.spec, env.frozen) for name, tree in trees.items()}
         return Message(trees=trees, numbers=numbers_of(fitted, env))
@@ -104,10 +132,11 @@ class FedAvg(Algorithm):
         return memory.put(trees={"own": fitted.state.only(own)}) if own else memory
 
     def expects(self, sent: Message, env: Env) -> Mapping[str, Spec]:
-        trees = {name: moments_spec(tree.spec) if name == "stats" else tree.spec for name, tree in sent.trees.items()}
+        trees = {name: tree.spec for name, tree in sent.only("params", "stats").trees.items()}
+        if "stats" in trees:
+            trees["stats"] = moments_spec(trees["stats"])
         if env.frozen:
-            counted = [name for name in ("params", "stats") if name in trees]
-            trees |= {f"{name}#": _counts(trees[name], env.frozen).spec for name in counted}
+            trees |= {f"{name}#": _counts(spec, env.frozen).spec for name, spec in trees.items()}
         return trees
 
     def weight(self, numbers: Mapping[str, float], lag: int, tree: str) -> float:
@@ -145,35 +174,23 @@ def _moved(update: Tree, params: Tree) -> Tree:
     return update if len(update) == len(params) else Tree.zeros(params.spec).overlay(update)
 
 
-def _shared_start(algorithm: FedAvg, env: Env) -> dict[str, Tree]:
-    """The shared part of the first state: "params", and "stats" if it has any.
+def _part(first: Tree, shared: set[str]) -> dict[str, Tree]:
+    """What travels of a model: "params" and "stats"; either may be empty."""
+    part = first.only(shared)
+    return {"params": part.part("params"), "stats": part.part("stats")}
 
-    Several groups are fine while their shared parts have one spec; the first group's values are taken.
 
-    Raises:
-        UsageError: no group at all, or a prefix of `shared` names nothing that any group has, or nothing that is trained.
-        SpecError: the shared parts of two groups differ; names both groups and the entries.
-    """
-    if not env.first:
-        raise UsageError(f"{algorithm.name} has no model to start from: no client offers parameters; give model=")
-    parts = {group: first.only(algorithm.shared_names(first)) for group, first in env.first.items()}
-    chosen, *others = parts
-    trees = {"params": parts[chosen].part("params"), "stats": parts[chosen].part("stats")}
-    known = ", ".join(sorted({n.replace("/", ".").partition(".")[0] for n in env.first[chosen].part("params")})[:8])
-    if not trees["params"]:
-        raise UsageError(f"shared={algorithm.shared!r} names no parameter of {chosen or 'the model'}; it has {known}")
-    names = {name for first in env.first.values() for name in first}
+def _check_shared(algorithm: FedAvg, env: Env) -> None:
+    """Raises `UsageError` where `shared` names nothing that the first group trains, or a prefix nothing of any group."""
+    group, first = next(iter(env.first.items()))
+    chosen, params = group or "the model", [name for name in env.whole(group) if part_of(name) == "params"]
+    known = ", ".join(sorted({name.replace("/", ".").partition(".")[0] for name in params})[:8])
+    if not first.only(algorithm.shared_names(first)).part("params"):
+        raise UsageError(f"shared={algorithm.shared!r} names no parameter of {chosen}; it has {known}")
+    names = {name for group in env.first for name in env.whole(group)}
     for prefix in algorithm.shared:
         if not any(is_under(name, (prefix.removeprefix("!"),)) for name in names):
             raise UsageError(
                 f"{algorithm.name}: {prefix!r} in shared={algorithm.shared!r} names no entry of {' or '.join(env.first)}; "
-                f"{chosen or 'the model'} has {known}"
+                f"{chosen} has {known}"
             )
-    for group in others:
-        for name, tree in trees.items():
-            if difference := parts[group].part("params" if name == "params" else "stats").spec.difference(tree.spec):
-                raise SpecError(
-                    f"{algorithm.name} cannot average {group} with {chosen}: {difference}; "
-                    "share an equal part with shared=, or use FedMD, which needs no equal models"
-                )
-    return {name: tree for name, tree in trees.items() if tree}

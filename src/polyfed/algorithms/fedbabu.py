@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from polyfed.algorithms.fedavg import FedAvg
+from polyfed.algorithms.fedper import head_name
 from polyfed.algorithms.fedrep import others
+from polyfed.algorithms.options import at_least
 from polyfed.core.algorithm import Env, Fit, Fitted, Needs, Personalised
 from polyfed.core.errors import UsageError
 from polyfed.core.message import Memory, Message, State
-from polyfed.core.tree import Spec, Tree, part_of
+from polyfed.core.tree import Spec, Tree
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,7 @@ class FedBABU(FedAvg):
     of it is kept or sent.
 
     Wire: down "params", "stats" (the base) and "head"; up as FedAvg(shared=...). State: "head.DIGEST" for each spec of
-    a head. Needs a model that trains a part of
-    itself. Invariants: 16, 18, 20, 26, 36, 40, 52.
+    a head. Needs a model that trains a part of itself. Invariants: 16, 18, 20, 26, 36, 40, 52.
 
     Trap: every evaluation costs the fine-tuning; with many rounds, evaluate every few (``evaluate_every=``).
 
@@ -44,9 +45,12 @@ class FedBABU(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fine_tune < 0:
-            raise UsageError(f"fine_tune={self.fine_tune} must be at least 0 epochs")
+        at_least(0, fine_tune=self.fine_tune)
         others(self.name, tuple(self.shared))
+
+    def offered(self, state: Spec) -> Collection[str]:
+        """The head too: its first value is the server's, which hands it to all."""
+        return {*super().offered(state), *self.personal_spec(state)}
 
     def init(self, env: Env) -> State:
         """FedAvg's, and a head for each spec that heads have: that of the first group with it.
@@ -56,19 +60,14 @@ class FedBABU(FedAvg):
         """
         state, heads = super().init(env), dict[str, Tree]()
         for group, first in env.first.items():
-            if not (spec := self.head_spec(first.spec)):
+            if not (spec := self.personal_spec(first.spec)):
                 raise UsageError(f"FedBABU: shared={self.shared!r} is all of {group or 'the model'}; leave it a head")
-            heads.setdefault(_name(spec), first.only(spec))
+            heads.setdefault(head_name(spec), first.only(spec))
         return state.put(trees=heads)
 
-    def head_spec(self, state: Spec) -> Spec:
-        """Of a whole model's spec all but base and buffers."""
-        shared = self.shared_names(state)
-        return state.select(lambda name: name not in shared and part_of(name) != "buffers")
-
     def broadcast(self, state: State, client: str, env: Env) -> Message:
-        first = env.first[env.group] if env.group in env.first else next(iter(env.first.values()))
-        head = state.trees[_name(self.head_spec(first.spec))]
+        group = env.group if env.group in env.first else next(iter(env.first))
+        head = state.trees[head_name(self.personal_spec(env.whole(group)))]
         return super().broadcast(state, client, env).put(trees={"head": head})
 
     def start(self, message: Message, memory: Memory) -> tuple[Tree, ...]:
@@ -76,9 +75,6 @@ class FedBABU(FedAvg):
 
     def request(self, message: Message, memory: Memory) -> Fit:
         return Fit(start=self.start(message, memory), part=tuple(self.shared))
-
-    def expects(self, sent: Message, env: Env) -> Mapping[str, Spec]:
-        return {name: spec for name, spec in super().expects(sent, env).items() if name != "head"}
 
     def personalise(self, message: Message, memory: Memory, env: Env) -> Personalised:
         """The whole model after `fine_tune` epochs; its order of rows is that of the version (``env.number``)."""
@@ -88,7 +84,3 @@ class FedBABU(FedAvg):
             return start
         fitted: Fitted = yield Fit(start=start, epochs=self.fine_tune)
         return (fitted.state,)
-
-
-def _name(head: Spec) -> str:
-    return f"head.{head.digest}"

@@ -42,7 +42,7 @@ class FedBN(FedAvg):
         Raises:
             UsageError: no client's model has a normalisation layer.
         """
-        if env.first and not any(first.part("stats") for first in env.first.values()):
+        if env.first and not any(part_of(name) == "stats" for group in env.first for name in env.whole(group)):
             raise UsageError(
                 f"FedBN keeps normalisation layers private, and no model here has one that keeps statistics "
                 f"({', '.join(group or 'the model' for group in env.first)}); use FedAvg"

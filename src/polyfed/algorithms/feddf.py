@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from polyfed.algorithms.consensus import Consensus, public_rows
-from polyfed.algorithms.fedavg import FedAvg, numbers_of
+from polyfed.algorithms.fedavg import FedAvg
+from polyfed.algorithms.options import at_least
 from polyfed.core.aggregate import Aggregate, Sums
-from polyfed.core.algorithm import ClientUpdate, Env, Fit, Fitted, Needs, Predict
+from polyfed.core.algorithm import ClientUpdate, Env, Fit, Fitted, Needs
 from polyfed.core.errors import UsageError
 from polyfed.core.message import Memory, Message, State
 from polyfed.core.tree import Array, Spec, Tree
@@ -62,11 +63,12 @@ class FedDF(Consensus):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"{name}={value} of the server must be at least 1")
+        at_least(1, epochs=self.epochs, steps=self.steps)
         if self.epochs is not None and self.steps is not None:
             raise UsageError("epochs= and steps= both say how long the server trains; give one of them")
+
+    def offered(self, state: Spec) -> Collection[str]:
+        return _AVERAGING.offered(state)
 
     def init(self, env: Env) -> State:
         trees: dict[str, Tree] = {}
@@ -83,9 +85,7 @@ class FedDF(Consensus):
     def client_update(self, message: Message, memory: Memory, env: Env) -> ClientUpdate:
         public = public_rows(message, env, self.name)
         fitted: Fitted = yield Fit(start=self.start(message, memory))
-        outputs: Array = yield Predict(start=(fitted.state,), rows=public)
-        soft, numbers = self.soft(outputs, env)
-        upload = Message({"soft": soft}, numbers_of(fitted, env) | numbers)
+        upload = yield from self.answer(fitted, public, env)
         if "params" not in message.trees:
             return upload, memory.put(trees={"own": fitted.state})
         shared = _AVERAGING.upload(message, fitted, env).trees
@@ -95,9 +95,6 @@ class FedDF(Consensus):
     def expects(self, sent: Message, env: Env) -> Mapping[str, Spec]:
         shared = {_of(name, env.group): spec for name, spec in _AVERAGING.expects(sent, env).items()}
         return {"soft": self.soft_spec(sent.numbers["public_rows"], env.problem), **shared}
-
-    def weight(self, numbers: Mapping[str, float], lag: int, tree: str) -> float:
-        return super().weight(numbers, lag, tree) if tree == "soft" else _AVERAGING.weight(numbers, lag, tree)
 
     def server_update(self, state: State, aggregate: Aggregate, env: Env) -> State:
         if not aggregate.clients:
@@ -119,7 +116,7 @@ class FedDF(Consensus):
         lesson = self.teach(consensus, env.problem, site.train, self.epochs)
         request = replace(lesson, start=tuple(parts.values()), steps=self.steps)
         fitted: Fitted = ask(site, request, replace(env, public=site.train, train=None, group=group))
-        return {name: fitted.state.only(tree).in_order_of(tree.spec) for name, tree in parts.items()}
+        return {name: fitted.state.like(tree.spec) for name, tree in parts.items()}
 
 
 _AVERAGING = FedAvg()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from polyfed.algorithms.consensus import Consensus, public_rows
-from polyfed.algorithms.fedavg import FedAvg, numbers_of
+from polyfed.algorithms.fedavg import FedAvg
+from polyfed.algorithms.options import at_least, one_of
 from polyfed.core.aggregate import Aggregate
-from polyfed.core.algorithm import ClientUpdate, Env, Fit, Fitted, Needs, Predict
-from polyfed.core.errors import UsageError
+from polyfed.core.algorithm import ClientUpdate, Env, Fit, Fitted, Needs
 from polyfed.core.message import Memory, Message, State
 from polyfed.core.rows import Problem, Rows
-from polyfed.core.tree import Array, Spec, Tree
+from polyfed.core.tree import Spec, Tree
 
 
 @dataclass(frozen=True)
@@ -57,37 +57,41 @@ class FedMD(Consensus):
     shared: str | tuple[str, ...] = field(default=(), kw_only=True)
 
     needs = Needs.all("predict", "distill", "public")
-    words: ClassVar[Mapping[str, tuple[str, ...]]] = {"order": ("last", "paper"), **Consensus.words}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "shared", FedAvg(shared=self.shared).shared)
-        if self.digest < 0 or (self.revisit is not None and self.revisit < 1):
-            raise UsageError(f"digest={self.digest} must be at least 0 epochs and revisit={self.revisit} at least 1")
+        one_of("last", "paper", order=self.order)
+        at_least(0, digest=self.digest)
+        at_least(1, revisit=self.revisit)
 
     @property
     def averaging(self) -> FedAvg:
         """What becomes of the shared part, where there is one."""
         return FedAvg(shared=self.shared)
 
+    def offered(self, state: Spec) -> Collection[str]:
+        """What is shared, if anything is."""
+        return self.averaging.offered(state) if self.shared else ()
+
     def init(self, env: Env) -> State:
         """No consensus yet, only how many public rows there are; and the first values of the shared part."""
         start = Message(numbers=self.counted(env))
         if not self.shared:
             return start
-        having = {group: first for group, first in env.first.items() if self._shares(first.part("params"))}
+        having = {group: first for group, first in env.first.items() if self._shares(first)}
         # with nobody to share, all are handed over, so that the sentence names what they have
         return start.put(self.averaging.init(replace(env, first=having or env.first)).trees)
 
-    def _shares(self, names: Mapping[str, object]) -> bool:
-        return bool(self.shared) and bool(self.averaging.shared_names(names))
+    def _shares(self, first: Tree) -> bool:
+        """Whether a model has parameters of the shared part; `first` is what `offered` names of it."""
+        return bool(self.shared) and bool(self.averaging.shared_names(first.part("params")))
 
     def broadcast(self, state: State, client: str, env: Env) -> Message:
         """The consensus; the shared part too for a client whose architecture has it."""
         del client
-        if not self.shared or self._shares(env.first.get(env.group, Tree()).part("params")):
-            return state
-        return replace(state, trees={name: tree for name, tree in state.trees.items() if name == "soft"})
+        has_part = self._shares(env.first.get(env.group, Tree()))
+        return state.only("soft", "params", "stats") if has_part else state.only("soft")
 
     def client_update(self, message: Message, memory: Memory, env: Env) -> ClientUpdate:
         public, start = public_rows(message, env, self.name), self.start(message, memory)
@@ -95,9 +99,7 @@ class FedMD(Consensus):
         if lesson is not None and self.order == "paper":
             start = ((yield replace(lesson, start=start)).state,)
         fitted: Fitted = yield Fit(start=start, epochs=self.revisit)
-        outputs: Array = yield Predict(start=(fitted.state,), rows=public)
-        soft, numbers = self.soft(outputs, env)
-        upload = Message({"soft": soft}, numbers_of(fitted, env) | numbers)
+        upload = yield from self.answer(fitted, public, env)
         if lesson is not None and self.order == "last":
             fitted = replace(fitted, state=(yield replace(lesson, start=(fitted.state,))).state)
         if "params" not in message.trees:
@@ -111,12 +113,8 @@ class FedMD(Consensus):
         return self.teach(message.trees["soft"]["public"], problem, public, self.digest)
 
     def expects(self, sent: Message, env: Env) -> Mapping[str, Spec]:
-        parts = replace(sent, trees={name: sent.trees[name] for name in ("params", "stats") if name in sent.trees})
         soft = self.soft_spec(sent.numbers["public_rows"], env.problem)
-        return {"soft": soft, **self.averaging.expects(parts, env)}
-
-    def weight(self, numbers: Mapping[str, float], lag: int, tree: str) -> float:
-        return super().weight(numbers, lag, tree) if tree == "soft" else self.averaging.weight(numbers, lag, tree)
+        return {"soft": soft, **self.averaging.expects(sent, env)}
 
     def server_update(self, state: State, aggregate: Aggregate, env: Env) -> State:
         if not aggregate.clients:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from polyfed.algorithms.fedavg import FedAvg
+from polyfed.algorithms.options import fraction, positive
 from polyfed.core.algorithm import Env, Needs
-from polyfed.core.errors import UsageError
 from polyfed.core.message import State
 from polyfed.core.tree import Tree
 
@@ -64,8 +63,8 @@ class FedAvgM(ServerOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(lr=self.lr)
-        _fraction(beta=self.beta)
+        positive(lr=self.lr)
+        fraction(beta=self.beta)
 
     def moments(self, state: State, update: Tree) -> dict[str, Tree]:
         return {"m": state.trees["m"] * self.beta + update}
@@ -88,8 +87,8 @@ class Adaptive(ServerOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(lr=self.lr, tau=self.tau)
-        _fraction(beta1=self.beta1)
+        positive(lr=self.lr, tau=self.tau)
+        fraction(beta1=self.beta1)
 
     def init(self, env: Env) -> State:
         state = super().init(env)
@@ -151,31 +150,22 @@ class FedAdam(Adaptive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _fraction(beta2=self.beta2)
+        fraction(beta2=self.beta2)
 
     def second(self, v: Tree, square: Tree) -> Tree:
         return v * self.beta2 + square * (1.0 - self.beta2)
 
 
 @dataclass(frozen=True)
-class FedYogi(Adaptive):
-    """Yogi at the server: vₜ = vₜ₋₁ − (1 − β₂) Δₜ² sign(vₜ₋₁ − Δₜ²), which follows a sudden change slowly.
+class FedYogi(FedAdam):
+    """`FedAdam` with Yogi's squares: vₜ = vₜ₋₁ − (1 − β₂) Δₜ² sign(vₜ₋₁ − Δₜ²), which follow a sudden change slowly.
 
     Reddi et al., "Adaptive Federated Optimization", ICLR 2021, algorithm 2. State: "params", "m", "v", "stats".
     Invariants: FedAvg's 16, 18-20, 26, 28, 52, 59.
 
     Attributes:
-        lr: η > 0.
-        beta1: β₁ in [0, 1), of the momentum.
-        beta2: β₂ in [0, 1), of the squares.
-        tau: τ > 0, the degree of adaptivity.
+        lr, beta1, beta2, tau: as `FedAdam`'s.
     """
-
-    beta2: float = field(default=0.99, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _fraction(beta2=self.beta2)
 
     def second(self, v: Tree, square: Tree) -> Tree:
         signed = Tree.wrap(v.spec, {d: s * np.sign(v.buffers[d] - s) for d, s in square.buffers.items()})
@@ -194,15 +184,3 @@ def _like(tree: Tree, model: Tree) -> Tree:
     if tree.spec == model.spec:
         return tree
     return Tree({name: a.astype(model[name].dtype) for name, a in tree.items()})
-
-
-def _positive(**fields: float) -> None:
-    for name, value in fields.items():
-        if not 0.0 < value < math.inf:
-            raise UsageError(f"{name}={value!r} must be a number above 0")
-
-
-def _fraction(**fields: float) -> None:
-    for name, value in fields.items():
-        if not 0.0 <= value < 1.0:
-            raise UsageError(f"{name}={value!r} must be at least 0 and below 1")

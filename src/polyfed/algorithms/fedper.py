@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from polyfed.algorithms.consensus import Consensus, public_rows
 from polyfed.algorithms.fedavg import FedAvg
+from polyfed.algorithms.options import at_least, one_of, positive
 from polyfed.core.aggregate import Aggregate, moments_of, moments_spec, stats_of
-from polyfed.core.algorithm import Algorithm, ClientUpdate, Env, Fitted, Needs, Predict
+from polyfed.core.algorithm import Algorithm, ClientUpdate, Env, Fitted, Needs
 from polyfed.core.errors import UsageError
 from polyfed.core.message import Memory, Message, State
-from polyfed.core.tree import Array, Spec, Tree, part_of
+from polyfed.core.tree import Spec, Tree, part_of
 from polyfed.core.work import ask
 
 #: Trees of the server's state that hold a default head are called so, and then by the digest of its spec.
@@ -75,14 +76,11 @@ class FedPer(FedAvg):
         super().__post_init__()
         if not self.shared:
             raise UsageError('FedPer shares a part of a model: give shared="base"; FedAvg shares everything')
-        if self.feedback not in (None, "mean", "distill"):
-            raise UsageError(f'feedback={self.feedback!r} is unknown; write "mean" or "distill", or leave it out')
-        if self.every < 1 or self.digest < 1:
-            raise UsageError(f"every={self.every} passes and digest={self.digest} epochs must each be at least 1")
-        if self.feedback_rounds is not None and (self.feedback is None or self.feedback_rounds < 1):
-            raise UsageError(f"feedback_rounds={self.feedback_rounds} is the last round of feedback=, at least 1")
-        if not 0.0 < self.temperature < math.inf:
-            raise UsageError(f"temperature={self.temperature!r} must be a number above 0")
+        one_of("mean", "distill", None, feedback=self.feedback)
+        at_least(1, every=self.every, digest=self.digest, feedback_rounds=self.feedback_rounds)
+        if self.feedback_rounds is not None and self.feedback is None:
+            raise UsageError(f"feedback_rounds={self.feedback_rounds} is the last round of feedback=; give that too")
+        positive(temperature=self.temperature)
         object.__setattr__(self, "needs", _NEEDS[self.feedback])
         object.__setattr__(self, "trains_groups", self.feedback == "distill")
 
@@ -90,12 +88,12 @@ class FedPer(FedAvg):
         """Whether clients send feedback in a round."""
         return self.feedback is not None and round_num <= (self.feedback_rounds or math.inf)
 
-    def personal_spec(self, state: Spec) -> Spec:
-        """Of a whole model's spec what is not shared: parameters and statistics; buffers never leave."""
-        shared = self.shared_names(state)
-        return state.select(lambda name: name not in shared and part_of(name) != "buffers")
-
     # ---------------------------------------------------------------- the message
+
+    def offered(self, state: Spec) -> Collection[str]:
+        """As FedAvg; with feedback "distill", which begins from the first head of a group, that too."""
+        personal = self.personal_spec(state) if self.feedback == "distill" else ()
+        return {*super().offered(state), *personal}
 
     def init(self, env: Env) -> State:
         state = super().init(env)
@@ -106,9 +104,10 @@ class FedPer(FedAvg):
         return state.put(numbers=self._consensus.counted(env))
 
     def broadcast(self, state: State, client: str, env: Env) -> Message:
-        sent = super().broadcast(state, client, env).put(numbers=state.numbers)
-        first = env.first.get(env.group)
-        head = None if first is None else state.trees.get(_head_name(self.personal_spec(first.spec)))
+        sent = super().broadcast(state, client, env)
+        if env.group not in env.first:
+            return sent
+        head = state.trees.get(head_name(self.personal_spec(env.whole(env.group))))
         return sent if head is None else sent.put(trees={"head": head})
 
     def start(self, message: Message, memory: Memory) -> tuple[Tree, ...]:
@@ -127,31 +126,30 @@ class FedPer(FedAvg):
         fitted = _one(passes)
         upload = self.upload(message, fitted, env)
         if self.is_heard(env.round_num):
-            said = yield from self._said(message, fitted.state, env)
+            said = yield from self._said(message, fitted, env)
             upload = upload.put(trees=said)
         return upload, self.remember(memory, fitted)
 
-    def _said(self, message: Message, state: Tree, env: Env) -> Any:
+    def _said(self, message: Message, fitted: Fitted, env: Env) -> Any:
         """What feedback sends of a personal part."""
         if self.feedback == "distill":
-            outputs: Array = yield Predict(start=(state,), rows=public_rows(message, env, "FedPer"))
-            return {"soft": self._consensus.soft(outputs, env)[0]}
-        spec = self.personal_spec(state.spec)
-        stats = state.only(spec).part("stats")
+            public = public_rows(message, env, self.name)
+            return (yield from self._consensus.answer(fitted, public, env)).trees
+        personal = fitted.state.only(self.personal_spec(fitted.state.spec))
+        stats = personal.part("stats")
         moments = moments_of(stats, Tree.zeros(stats.spec))
-        return {_head_name(spec): Tree({**state.only(spec).part("params"), **moments})}
+        return {head_name(personal.spec): Tree({**personal.part("params"), **moments})}
 
     def expects(self, sent: Message, env: Env) -> Mapping[str, Spec]:
-        base = {name: tree for name, tree in sent.trees.items() if name != "head"}
-        trees = dict(super().expects(replace(sent, trees=base), env))
+        trees = dict(super().expects(sent, env))
         if not self.is_heard(env.round_num):
             return trees
         if self.feedback == "distill":
             return trees | {"soft": self._consensus.soft_spec(sent.numbers["public_rows"], env.problem)}
-        spec = self.personal_spec(env.first[env.group].spec)
+        spec = self.personal_spec(env.whole(env.group))
         stats = moments_spec(spec.select(lambda name: part_of(name) == "stats"))
         params = spec.select(lambda name: part_of(name) == "params")
-        return trees | {_head_name(spec): Spec({**params, **stats})}
+        return trees | {head_name(spec): Spec({**params, **stats})}
 
     # ---------------------------------------------------------------- the server
 
@@ -166,9 +164,9 @@ class FedPer(FedAvg):
         """The mean head of each spec that was heard."""
         del state
         heads: dict[str, Tree] = {}
-        for first in env.first.values():
-            spec = self.personal_spec(first.spec)
-            if (name := _head_name(spec)) in aggregate.trees:
+        for group in env.first:
+            spec = self.personal_spec(env.whole(group))
+            if (name := head_name(spec)) in aggregate.trees:
                 mean, zeros = aggregate.mean(name), Tree.zeros(spec).part("stats")
                 stats = stats_of(mean.part("stats"), zeros)
                 heads[name] = Tree({entry: (mean if entry not in stats else stats)[entry] for entry in spec})
@@ -178,9 +176,9 @@ class FedPer(FedAvg):
         """Each group's default head, trained on the mean prediction over the new base; nothing else of it moves."""
         consensus, heads = self._consensus.consensus(aggregate)["public"], dict[str, Tree]()
         for group, first in env.first.items():
-            spec = self.personal_spec(first.spec)
+            spec = self.personal_spec(env.whole(group))
             part = tuple(name for name in spec if part_of(name) == "params")
-            name = _head_name(spec)
+            name = head_name(spec)
             if not part or name in heads:
                 continue
             laid = [state.trees.get(tree) for tree in (name, "params", "stats")]
@@ -203,7 +201,8 @@ _NEEDS: Mapping[str | None, Needs] = {
 }
 
 
-def _head_name(spec: Spec) -> str:
+def head_name(spec: Spec) -> str:
+    """The tree that holds the head of this spec."""
     return HEAD + spec.digest
 
 
@@ -214,6 +213,3 @@ def _one(passes: Sequence[Fitted]) -> Fitted:
     losses = [each.metrics["loss"] for each in passes if "loss" in each.metrics]
     metrics = {**passes[-1].metrics} | ({"loss": sum(losses) / len(losses)} if losses else {})
     return replace(passes[-1], steps=sum(each.steps for each in passes), metrics=metrics)
-
-
-__all__ = ["HEAD", "FedPer"]

@@ -10,6 +10,7 @@ from polyfed.core.algorithm import Fit, Needs
 from polyfed.core.errors import UsageError
 from polyfed.core.message import Memory, Message
 from polyfed.core.terms import Near
+from polyfed.core.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,17 @@ class FedProx(FedAvg):
             raise UsageError(f"mu={self.mu!r} must be a number of at least 0; 0.01 is a usual value")
 
     def request(self, message: Message, memory: Memory) -> Fit:
-        plain = super().request(message, memory)
-        if self.mu == 0.0:
-            return plain
-        return replace(plain, terms=(*plain.terms, Near(self.mu)), tensors={"anchor": message.trees["params"]})
+        return pulled(super().request(message, memory), self.mu, message.trees["params"])
+
+
+def pulled(request: Fit, strength: float, anchor: Tree) -> Fit:
+    """A request with a loss of strength / 2 · ‖w − anchor‖² besides; itself, without a term, where `strength` is 0."""
+    if strength == 0.0:
+        return request
+    return replace(request, terms=(*request.terms, Near(strength)), tensors={"anchor": anchor})
+
+
+def check_pull(name: str, lam: float, lr: float) -> None:
+    """Raises `UsageError` where plain SGD of this rate would leap away from the anchor: λ lr must stay below 2."""
+    if lam * lr >= 2.0:
+        raise UsageError(f"{name} with lam={lam} diverges at a learning rate of {lr}: it must be below {2.0 / lam:.3g}")

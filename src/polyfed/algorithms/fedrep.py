@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from polyfed.algorithms.fedavg import FedAvg
+from polyfed.algorithms.options import at_least
 from polyfed.core.algorithm import ClientUpdate, Env, Fit, Fitted, Needs
 from polyfed.core.errors import UsageError
 from polyfed.core.message import Memory, Message
@@ -41,10 +42,7 @@ class FedRep(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.head_epochs, self.base_epochs) < 1:
-            raise UsageError(
-                f"head_epochs={self.head_epochs} and base_epochs={self.base_epochs} must both be at least 1"
-            )
+        at_least(1, head_epochs=self.head_epochs, base_epochs=self.base_epochs)
         others(self.name, tuple(self.shared))
 
     def client_update(self, message: Message, memory: Memory, env: Env) -> ClientUpdate:

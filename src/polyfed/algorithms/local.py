@@ -16,7 +16,7 @@ from polyfed.core.tree import Spec, Tree
 class Local(Algorithm):
     """Each client goes on training its own model on its own rows; the server learns numbers only.
 
-    Invariants: 8, 9 (the limits of other algorithms in which they must equal it).
+    Invariants: 9, 10 (the limits of other algorithms in which they must equal it).
 
     Attributes:
         epochs, steps: a round's training; None is the client's own setting.

@@ -8,7 +8,6 @@ from typing import Any
 
 from polyfed.algorithms.fedavg import FedAvg
 from polyfed.core.algorithm import ClientUpdate, Env, Fit, Fitted, Needs
-from polyfed.core.errors import UsageError
 from polyfed.core.message import Memory, Message
 from polyfed.core.tree import Tree
 
@@ -51,9 +50,3 @@ def beside(message: Message, memory: Memory) -> Memory:
     if kept is None and "own" in memory.trees:
         kept = memory.trees["own"].without({name for tree in message.trees.values() for name in tree})
     return Message(trees={"own": kept}) if kept else Message()
-
-
-def check_pull(name: str, lam: float, lr: float) -> None:
-    """Raises `UsageError` where plain SGD of this rate would leap away from the anchor: λ lr must stay below 2."""
-    if lam * lr >= 2.0:
-        raise UsageError(f"{name} with lam={lam} diverges at a learning rate of {lr}: it must be below {2.0 / lam:.3g}")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from polyfed.algorithms.fedavg import FedAvg
-from polyfed.algorithms.personal import Personal, check_pull
+from polyfed.algorithms.fedprox import check_pull, pulled
+from polyfed.algorithms.options import at_least, positive
+from polyfed.algorithms.personal import Personal
 from polyfed.core.algorithm import ClientUpdate, Env, Fit, Fitted
 from polyfed.core.errors import UsageError
 from polyfed.core.message import Memory, Message, State
-from polyfed.core.terms import Near, Own
 from polyfed.core.tree import Tree
 
 
@@ -55,24 +55,19 @@ class PFedMe(Personal):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lam", "lr", "beta"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise UsageError(f"{name}={getattr(self, name)!r} must be a number above 0")
+        positive(lam=self.lam, lr=self.lr, beta=self.beta)
+        at_least(1, steps=self.steps, local_rounds=self.local_rounds)
         if self.lr * self.lam > 1.0:
             raise UsageError(f"lr={self.lr} times lam={self.lam} is above 1: w would leap over the personal model")
-        if min(self.steps, self.local_rounds) < 1:
-            raise UsageError(f"steps={self.steps} and local_rounds={self.local_rounds} must both be at least 1")
 
     def client_update(self, message: Message, memory: Memory, env: Env) -> ClientUpdate:
-        sent = w = message.trees["params"]
+        w = message.trees["params"]
         start: tuple[Tree, ...] = FedAvg.start(self, message, memory)  # w over what the client keeps
         steps = 0
         for number in range(self.local_rounds):
-            pull = (Own(), Near(self.lam))
-            fitted: Fitted = yield Fit(start=start, terms=pull, tensors={"anchor": w}, steps=self.steps, draw=number)
+            fitted: Fitted = yield pulled(Fit(start=start, steps=self.steps, draw=number), self.lam, w)
             check_pull(self.name, self.lam, fitted.lr)
-            near = fitted.state.only(sent).in_order_of(sent.spec)
-            w = w - (w - near) * (self.lr * self.lam)
+            w = w - (w - fitted.state.like(w.spec)) * (self.lr * self.lam)
             start, steps = (fitted.state,), steps + fitted.steps
         moved = replace(fitted, state=fitted.state.overlay(w), steps=steps)
         return self.upload(message, moved, env), memory.put(trees={"own": fitted.state})

@@ -48,6 +48,10 @@ class Message:
             text={**self.text, **(text or {})},
         )
 
+    def only(self, *names: str) -> Message:
+        """A copy with those of these trees that there are, in this order; numbers and texts stay."""
+        return replace(self, trees={name: self.trees[name] for name in names if name in self.trees})
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the arrays alone, without framing."""

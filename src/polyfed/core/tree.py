@@ -353,6 +353,10 @@ class Tree(Mapping[str, Array]):
             raise SpecError(f"unexpected {_some(extra)}")
         return Tree({name: self[name] for name in spec})
 
+    def like(self, spec: Spec) -> Tree:
+        """The entries of `spec`, in its order; raises `SpecError` for one that is absent or of another shape or dtype."""
+        return self.only(spec).in_order_of(spec)
+
     @property
     def digest(self) -> str:
         """Hex digest of spec and bytes."""
