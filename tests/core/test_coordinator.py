@@ -134,6 +134,15 @@ def test_staleness_lowers_the_weight_with_a_cap_as_without_one():
         assert (np.array(weights(made)) - before).tolist() == [0.5, 0.0]
 
 
+def test_buffer_of_all_clients_is_their_round_when_nothing_is_stale():
+    """Invariant 12; later buffers may hold one client twice, as who is done is asked again."""
+    sent = {"a": update(1, 0, rows=2.0), "b": update(0, 4, rows=1.0), "c": update(2, 2, rows=1.0)}
+    for schedule in (Sync(), Buffered(concurrency=3, goal=3)):
+        made, actions = coordinator(("a", "b", "c"), schedule=schedule)
+        finish_round(made, tasks(actions), sent)
+        assert weights(made) == [1.0, 1.5]
+
+
 def test_abandoned_round_keeps_nothing_of_its_uploads():
     made, actions = coordinator(minimum=2)
     sent = tasks(actions)
