@@ -138,10 +138,12 @@ def personal(seed: int, *, small: bool = False) -> tuple[Figures, Figures]:
     return areas, right
 
 
-def run(algorithm: pf.Algorithm, joining: list[pf.Client], rounds: int, seed: int) -> pf.Result:
+def run(algorithm: pf.Algorithm, joining: list[pf.Client], rounds: int, seed: int, *, alone: bool = False) -> pf.Result:
+    """With `alone`, also each clinic by itself on all of its rows, those that it shows to all included: `result.alone`."""
+    kept = ("alone",) if alone else ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LeakWarning)  # some records have nothing but age and sex, and are alike
-        result = pf.simulate(algorithm, joining, rounds=rounds, seed=seed, baselines=(), evaluate_every=0, test=False)
+        result = pf.simulate(algorithm, joining, rounds=rounds, seed=seed, baselines=kept, evaluate_every=0, test=alone)
     assert result.is_complete, result.table()
     return result
 
@@ -168,17 +170,22 @@ def teach(seed: int, *, small: bool = False) -> tuple[pf.Result, Any]:
     if small:
         few = HistGradientBoostingClassifier(max_iter=3, max_leaf_nodes=8, l2_regularization=1.0, early_stopping=False)
         teachers = [replace(client, model=pf.sklearn(few)) for client in teachers]
-    return run(algorithm, teachers, 1, seed), scaler
+    return run(algorithm, teachers, 1, seed, alone=True), scaler
 
 
 def student_figures(result: pf.Result, scaler: Any) -> Figures:
-    """ "auc" and "accuracy" of each teacher, all together and the student, on the test rows of all clinics."""
+    """ "auc" and "accuracy" of each teacher, of each clinic's trees alone on all of its rows, of the teachers together,
+    and of the student, on the test rows of all clinics.
+    """
     names = np.array(result.population.problem.classes)
     raws = [test_rows(result, name) for name in CLINICS]
     target = np.concatenate([raw.target for raw in raws])
     together = result.ensemble(weights="num_examples")
     votes = [together.votes(raw.unlabelled()) for raw in raws]
     said = {name: np.concatenate([vote[name] for vote in votes]) for name in CLINICS}
+    solo = result.alone.ensemble()
+    alone_votes = [solo.votes(raw.unlabelled()) for raw in raws]
+    said |= {f"{name} alone": np.concatenate([vote[name] for vote in alone_votes]) for name in CLINICS}
     said["ensemble"] = np.concatenate([together.mean(vote) for vote in votes])
     said["student"] = np.concatenate([opinion(result.student, scaler, raw.inputs["x"]) for raw in raws])
     found = {who: scored(probabilities, names, target) for who, probabilities in said.items()}
@@ -207,8 +214,10 @@ def show(seed: int, *, small: bool = False) -> str:
     areas, right = personal(seed, small=small)
     result, scaler = teach(seed, small=small)
     found = student_figures(result, scaler)
-    lines = [["on all clinics' test rows", "AUC", "accuracy"]]
-    lines += [[who, f"{found['auc'][who]:.3f}", f"{found['accuracy'][who]:.3f}"] for who in found["auc"]]
+    lines = [["on all clinics' test rows", "AUC", "accuracy", "AUC alone", "accuracy alone"]]
+    for who in (*CLINICS, "ensemble", "student"):
+        columns = [found[metric].get(name) for name in (who, f"{who} alone") for metric in ("auc", "accuracy")]
+        lines.append([who, *("" if x is None else f"{x:.3f}" for x in columns)])
     parts = [
         table("AUC, ill or not", areas, METHODS),
         table("accuracy, 22 classes", right, METHODS),
