@@ -22,6 +22,8 @@ from polyfed.core.rows import Problem  # noqa: E402  # as above
 from polyfed.core.terms import Distill, Match  # noqa: E402  # as above
 from polyfed.models.sklearn import sklearn  # noqa: E402  # as above
 from polyfed.models.sklearn_boosting import Labelled  # noqa: E402  # as above
+from polyfed.models.sklearn_boosting_file import from_bytes, to_bytes  # noqa: E402  # as above
+from polyfed.models.sklearn_boosting_trees import checked_lightgbm, checked_xgboost  # noqa: E402  # as above
 from polyfed.models.sklearn_estimator import answers  # noqa: E402  # as above
 from polyfed.models.sklearn_file import from_file, to_file  # noqa: E402  # as above
 
@@ -214,6 +216,15 @@ XGB_BAD = [
     (("tree_info", 0), 10, "output"),
     (("iteration_indptr", 1), 10**6, "steps"),
     (("trees", 0, "split_type", 0), 1, "category"),
+    (("trees", 0, "left_children", 0), 1.9, "whole number"),
+    (("trees", 0, "left_children", 0), True, "whole number"),
+    (("trees", 0, "right_children", 0), 1, "nodes"),  # both children in one place
+    (("trees", 0, "split_conditions", 0), float("nan"), "finite number"),
+    (("trees", 0, "base_weights"), [0.0], "nodes"),
+    (("trees", 0, "default_left", 0), 7, "missing values"),
+    (("trees", 0, "tree_param", "num_nodes"), "1_5", "whole number"),
+    (("tree_info", 0), 0.0, "whole number"),
+    (("gbtree_model_param", "num_parallel_tree"), "1000", "steps"),
 ]
 
 
@@ -242,6 +253,20 @@ LGBM_BAD = [
     ("objective", "multiclass num_class:99", "objective"),
     ("leaf_value", "", "leaves"),
     ("threshold", "0\nthreshold=0", "twice"),
+    ("left_child", "1_0", "whole number"),
+    ("left_child", "\u0661", "whole number"),
+    ("left_child", "1.5", "whole number"),
+    ("left_child", -1, "nodes"),  # a node that nothing leads to
+    ("leaf_value", "1_0.5", "finite number"),
+    ("leaf_value", "nan", "finite number"),
+    ("leaf_value", "1e999", "finite number"),
+    ("leaf_count", 2**31, "whole number"),
+    ("decision_type", 64, "decides"),
+    ("objective", "multiclass num_class:1_0", "whole number"),
+    ("objective", "lambdarank", "objective"),
+    ("objective", "multiclass num_class:10 evil:3", "objective"),
+    ("version", "v4\rnum_class=1\rTree=0\rnum_leaves=2\rleft_child=9999999 -1", "control characters"),
+    ("version", "v4\x85num_class=1", "control characters"),
 ]
 
 
@@ -254,6 +279,64 @@ def test_file_of_lightgbm_when_its_trees_lead_astray_then_is_refused(name, value
     (tmp_path / "model.skops").write_text(json.dumps(said))
     with pytest.raises(CorruptError, match=complaint):
         from_file(tmp_path / "model.skops")
+
+
+def test_file_of_lightgbm_when_read_then_its_library_sees_no_character_of_it():
+    fitted, x = exported(LGBM(n_estimators=2), TEN)
+    said = json.loads(to_bytes(fitted))
+    for name, value in (
+        ("version", "v9"),
+        ("feature_names", "evil"),
+        ("feature_infos", "[0:evil]"),
+        ("left_child", "01"),
+    ):
+        lgbm_edit(said, name, value)
+    text, objective = checked_lightgbm(said["model"], 10)
+    assert "evil" not in text
+    assert "v9" not in text
+    assert "left_child=1 " in text
+    assert objective == "multiclass"
+    assert np.array_equal(from_bytes(json.dumps(said).encode()).predict(x), fitted.predict(x))
+
+
+def test_file_of_xgboost_when_its_parents_are_forged_then_the_library_sees_those_of_the_children():
+    fitted, _ = exported(XGB(n_estimators=2), TEN)
+    said = json.loads(to_bytes(fitted))
+    honest = checked_xgboost(said["model"], 10)
+    assert json.loads(honest)["learner"]["gradient_booster"] == json.loads(said["model"])["learner"]["gradient_booster"]
+    nodes = len(json.loads(honest)["learner"]["gradient_booster"]["model"]["trees"][0]["parents"])
+    xgb_edit(said, ("trees", 0, "parents"), [9999999] * nodes)
+    assert checked_xgboost(said["model"], 10) == honest
+    twice = said["model"].replace('"left_children": [', f'"left_children": {[9999999] * nodes}, "left_children": [', 1)
+    assert twice != said["model"]
+    assert checked_xgboost(twice, 10) == honest
+
+
+@pytest.mark.parametrize("jobs", [10**9, -(10**9), "many"])
+def test_file_when_it_asks_for_too_many_threads_then_is_refused(jobs):
+    said = json.loads(to_bytes(exported(LGBM(n_estimators=2), TEN)[0]))
+    said["params"]["n_jobs"] = jobs
+    with pytest.raises(CorruptError, match="n_jobs"):
+        from_bytes(json.dumps(said).encode())
+
+
+@pytest.mark.parametrize("classes", [[[n] for n in range(10)], [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
+def test_file_when_its_labels_are_no_list_of_different_ones_then_is_refused(classes):
+    said = json.loads(to_bytes(exported(LGBM(n_estimators=2), TEN)[0])) | {"classes": classes}
+    with pytest.raises(CorruptError, match="labels"):
+        from_bytes(json.dumps(said).encode())
+
+
+@pytest.mark.parametrize(("best", "complaint"), [("3", None), ("100000", "best step"), ("1_0", "whole number")])
+def test_file_of_xgboost_when_it_names_a_best_step_then_has_it(best, complaint):
+    model = json.loads(json.loads(to_bytes(exported(XGB(), TEN)[0]))["model"])
+    model["learner"]["attributes"] = {"best_iteration": best, "other": "x"}
+    if complaint:
+        with pytest.raises(CorruptError, match=complaint):
+            checked_xgboost(json.dumps(model), 10)
+    else:
+        kept = json.loads(checked_xgboost(json.dumps(model), 10))["learner"]["attributes"]
+        assert kept == {"best_iteration": best}
 
 
 def test_file_when_damaged_or_of_odd_parameters_then_is_a_sentence(tmp_path):
