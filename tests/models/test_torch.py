@@ -597,7 +597,7 @@ def test_batches_when_one_row_is_left_over_for_batch_normalisation_join_it_to_th
 
 @pytest.mark.parametrize(("n", "batch"), [(1, 10), (5, 1)])
 def test_fit_when_batch_normalisation_has_one_row_at_a_time_is_refused(n, batch):
-    with pytest.raises(DataError, match="one row at a time"):
+    with pytest.raises(DataError, match=rf"one row has no spread; it has {n} training rows? and batch_size={batch}"):
         torch(mlp, batch_size=batch).fit(Fit(), rows_of(THREE, n=n), env_of(THREE))
 
 

@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -222,3 +224,28 @@ def test_room_when_all_bytes_are_taken_is_denied_until_some_are_given_back():
         pass
     assert not denied.value.retry_after
     assert inbox.num_bytes == 0
+
+
+def test_connection_when_an_answer_is_empty_serves_the_next_request_at_once():
+    """An answer of 204 that is not read to its end blocks its connection: the next answer was lost, and asked for again."""
+    seen = []
+
+    class Empty(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            seen.append(self.client_address)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        pauses = []
+        link = Link(f"http://127.0.0.1:{server.server_port}", pause=pauses.append)
+        assert [link.next() for _ in range(3)] == [None] * 3
+        link.close()
+        server.shutdown()
+    assert (len(seen), len(set(seen)), pauses) == (3, 1, [])

@@ -159,7 +159,7 @@ def test_test_rows_when_a_client_is_away_at_the_end_are_not_read_and_that_is_sai
 
 def test_client_when_it_joins_after_the_end_never_takes_part_and_that_is_said():
     result = run(clients(west={"joins_at": 9}))
-    assert result.notes == ("west never took part: it joins at round 9, the run had 5",)
+    assert "west was to join at round 9, after the run's last" in result.table()
     assert result.memories["west"] == Message()
     newcomers = result.algorithm.broadcast(result.state, "west", result.federation.env(5, 3, "west")).trees["params"]
     assert result.state_of("west").only(newcomers) == newcomers

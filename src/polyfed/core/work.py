@@ -49,7 +49,9 @@ def _thawed(site: Site, request: Fit) -> tuple[str, ...]:
     """What a request trains of a model a part of which is frozen."""
     part = tuple(name for name in site.trains if not request.part or is_under(name, request.part))
     if not part:
-        raise UsageError(f"{site.name} is asked to train {', '.join(request.part)}, all of which it keeps frozen")
+        raise UsageError(
+            f"{site.name} is asked to train {', '.join(request.part)}, all of which it keeps frozen; freeze less"
+        )
     return part
 
 

@@ -217,6 +217,11 @@ class Resident:
         kept = {n: start[n] if part and not is_under(n, part) else array_of(v) for n, v in self.variables.items()}
         return Tree(kept)
 
+    @property
+    def normalises_batches(self) -> bool:
+        """Whether a layer takes moments of the batch: a batch of one row has none."""
+        return any(part_of(name) == "stats" for name in self.variables)
+
     # -- rows
 
     def _tensors(self, rows: Rows) -> dict[str, Any]:

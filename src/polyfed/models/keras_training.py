@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from polyfed.core.algorithm import Env, Fit
-from polyfed.core.errors import UsageError
+from polyfed.core.errors import DataError, UsageError
 from polyfed.core.rows import Rows
 from polyfed.core.tree import Array
 from polyfed.models.keras_backend import as_numpy, is_jax, library, rows_at, tensor_of
@@ -38,7 +39,8 @@ class Training:
         self._columns = resident.columns(rows, request.targets)
         self._weights = weights_of(options.fit, request, rows)
         steps = request.steps if request.steps is not None else (options.steps if request.epochs is None else None)
-        each = -(-len(rows) // options.batch_size)
+        self._sizes = sizes_of(len(rows), options.batch_size, resident)
+        each = len(self._sizes)
         epochs = options.epochs if request.epochs is None else request.epochs
         self.steps = steps if steps is not None else epochs * each
         self._epochs = -(-self.steps // each)
@@ -47,7 +49,11 @@ class Training:
         self._logs: Mapping[str, Any] = {}
 
     def batches(self) -> Iterator[Batch]:
-        """(x, columns, sample weight) of each step: ``columns["y"]`` are the targets, ``columns["t:..."]`` the request's."""
+        """(x, columns, sample weight) of each step: ``columns["y"]`` are the targets, ``columns["t:..."]`` the request's.
+
+        The last batch of an epoch may be smaller. With batch normalisation a last batch of one row joins the one before
+        it; where there is none before it, `DataError` is raised.
+        """
         for order in self._orders():
             yield from self._cut(order)
 
@@ -109,10 +115,10 @@ class Training:
 
     def _cut(self, order: Array) -> Iterator[Batch]:
         """The batches of one epoch, until the budget is spent."""
-        for begin in range(0, len(order), self.options.batch_size):
+        for begin, size in zip(accumulate(self._sizes, initial=0), self._sizes, strict=False):
             if self.steps_done >= self.steps:
                 return
-            index = order[begin : begin + self.options.batch_size]
+            index = order[begin : begin + size]
             at = tensor_of(index)
             columns = {name: rows_at(value, at) for name, value in self._columns.items()}
             weight = None if self._weights is None else rows_at(self._weights, at)
@@ -128,8 +134,22 @@ class Training:
             model=self.model,
             verbose=0,
             epochs=self._epochs,
-            steps=-(-len(self._rows) // self.options.batch_size),
+            steps=len(self._sizes),
         )
+
+
+def sizes_of(rows: int, batch_size: int, resident: Resident) -> list[int]:
+    """Rows of each batch of an epoch; raises `DataError` where batch normalisation would see one row at a time."""
+    sizes = [min(batch_size, rows - begin) for begin in range(0, rows, batch_size)]
+    if not sizes or min(sizes) > 1 or not resident.normalises_batches:
+        return sizes
+    if batch_size == 1 or len(sizes) == 1:
+        raise DataError(
+            f"{type(resident.model).__name__} normalises over the batch, and one row has no spread; it has {rows} training "
+            f"row{'s' * (rows != 1)} and batch_size={batch_size}: give it batches of two rows at least, or a net without "
+            "batch normalisation"
+        )
+    return [*sizes[:-2], sizes[-2] + 1]
 
 
 def weights_of(given: Mapping[str, Any], request: Fit, rows: Rows) -> Any:

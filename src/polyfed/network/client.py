@@ -137,7 +137,10 @@ class Link:
         return answer
 
     def _small(self, response: HTTPResponse) -> bytes | None:
-        return None if response.status == 204 else _exactly(response, self.limits.json_bytes)
+        if response.status == 204:
+            response.read()  # nothing; but a response that is not read to its end blocks the connection's next one
+            return None
+        return _exactly(response, self.limits.json_bytes)
 
     def _fetch(self, digest: str, view: memoryview) -> None:
         """Fills `view`; a connection that was cut is taken up where it broke off."""

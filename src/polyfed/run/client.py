@@ -6,7 +6,7 @@ import contextlib
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -53,8 +53,8 @@ class Client:
         away: rounds in which it does not take part; its memory waits for it. Who is away when a run ends is not asked
             about its test rows.
         start: what its model starts from: what `pf.load` or a run returned, or a `Tree` of entries. Of a run, its
-            shared part must fit the model as a whole; a default head, and what a client of this name kept, come along
-            where they fit. Of a tree, entries of the same name and shape are taken. The rest starts as usual, and what
+            shared part must fit the model as a whole (where each group has one, the group's that fits); a default head,
+            and the model by which a client of this name predicted, come along where they fit. Of a tree, entries of the same name and shape are taken. The rest starts as usual, and what
             an algorithm shares comes from the server.
         freeze: prefixes of parameters that this client never trains ("base"), whatever an algorithm asks. What it sends
             of them does not count in any mean.
@@ -124,6 +124,21 @@ def naming(client: str) -> Iterator[None]:
         if str(error).startswith((f"{client}:", f"{client} ")):
             raise
         raise type(error)(f"{client}: {error}") from error
+
+
+@contextlib.contextmanager
+def naming_groups(groups: Mapping[str, str]) -> Iterator[None]:
+    """Puts behind a mistake about groups that do not fit together who is in each of those that it names."""
+    try:
+        yield
+    except SpecError as error:
+        named = [
+            group for group in dict.fromkeys(groups.values()) if re.search(rf"\b{re.escape(group)}\b(?!-)", str(error))
+        ]
+        if len(named) < 2:
+            raise
+        said = [f"{group}: {_few([name for name, its in groups.items() if its == group])}" for group in named]
+        raise type(error)(f"{error} ({'; '.join(said)})") from error
 
 
 @contextlib.contextmanager
@@ -354,20 +369,29 @@ def _begins(client: Client, first: Tree) -> Memory:
 
 
 def _offered(client: Client, first: Tree) -> list[Tree]:
-    """What a run left for a client, each over the ones before: default heads, what it kept, and what is shared."""
+    """What a run left for a client, each over the ones before: default heads, what is shared, and its own model.
+
+    Its own model is that by which it predicted when the run ended: the algorithm says what lies over what, so that a
+    personal model (Ditto, APFL, pFedMe) covers the shared one, and a newer shared part what the client once had of it.
+    """
     where = f"{client.name}: start="
-    state = _state_of(client.start, where)
-    memories: Mapping[str, Memory] = getattr(client.start, "memories", {})
-    kept = memories.get(client.name, Message()).trees.get("own", Tree())
-    shared = _shared_of(state) if kept else start_of(client.start, where)
-    if wrong := [name for name in shared if first.spec.get(name) != shared.spec[name]]:
+    state, kind = _state_of(client.start, where), client.model.kind
+    own = [client.start.state_of(client.name)] if client.name in _clients_of(client.start) else []
+    shared = _shared_of(state, {kind: first}) if own else start_of(client.start, where, {kind: first})
+    if wrong := _unlike(shared, first):
         said = shared.only(wrong).spec.difference(first.only(wrong).spec)
         raise SpecError(
-            f"{client.name}: what start= shares does not fit its model ({client.model.kind}): {said}; "
+            f"{client.name}: what start= shares does not fit its model ({kind}): {said}; "
             "give a Tree of the entries that are to be taken, such as pf.load(DIR).state.trees['params'].under(['base'])"
         )
     heads = [tree for name, tree in state.trees.items() if name.startswith(HEAD)]
-    return [*(head for head in heads if not head.spec.keys() - first.spec.keys()), kept, shared]
+    return [*(head for head in heads if not head.spec.keys() - first.spec.keys()), shared, *own]
+
+
+def _clients_of(given: Any) -> Collection[str]:
+    """Who took part in a run, of its result or what was saved of it; nobody is known of a state alone."""
+    population = getattr(given, "population", None)
+    return tuple(population.sites if population is not None else getattr(given, "kinds", ()))
 
 
 def _trains(client: Client, first: Tree) -> tuple[str, ...]:
@@ -390,11 +414,14 @@ def _trains(client: Client, first: Tree) -> tuple[str, ...]:
     return tuple(name if part_of(name) == "params" else name.partition(":")[2] for name in moves)
 
 
-def start_of(given: Any, where: str) -> Tree:
-    """The entries of a model out of a tree, or the shared ones of a server's state or what has one: a result, saved or not."""
+def start_of(given: Any, where: str, first: Mapping[str, Tree] | None = None) -> Tree:
+    """The entries of a model out of a tree, or the shared ones of a server's state or what has one: a result, saved or not.
+
+    Where each group has parameters of its own (`FedDF`), those of the first group of `first` that any of them fit.
+    """
     if isinstance(given, Tree):
         return given
-    if not (found := _shared_of(_state_of(given, where))):
+    if not (found := _shared_of(_state_of(given, where), first or {})):
         raise UsageError(f"{where} holds no shared parameters to start from (its algorithm averaged none)")
     return found
 
@@ -406,9 +433,23 @@ def _state_of(given: Any, where: str) -> State:
     return state
 
 
-def _shared_of(state: State) -> Tree:
-    """A server optimizer's moments have the names of the parameters: only these trees are a model's."""
-    return Tree({name: array for part in ("params", "stats") for name, array in state.trees.get(part, Tree()).items()})
+def _shared_of(state: State, first: Mapping[str, Tree]) -> Tree:
+    """A server optimizer's moments have the names of the parameters: only "params" and "stats" are a model's."""
+    parts: dict[str, dict[str, Array]] = defaultdict(dict)
+    for name, tree in state.trees.items():
+        kind, _, group = name.partition(":")
+        if kind in ("params", "stats"):
+            parts[group] |= tree
+    for wanted, model in first.items():
+        fits = [group for group, part in parts.items() if not _unlike(Tree(part), model)]
+        if fits:
+            return Tree(parts[wanted if wanted in fits else fits[0]])
+    return Tree(next(iter(parts.values()), {}))
+
+
+def _unlike(part: Tree, model: Tree) -> list[str]:
+    """The entries of a part that a model does not have, or has in another shape or dtype."""
+    return [name for name in part if model.spec.get(name) != part.spec[name]]
 
 
 def _groups(clients: Mapping[str, Client]) -> dict[str, str]:
@@ -466,17 +507,9 @@ def _first(algorithm: Algorithm, sites: Mapping[str, Site], seed: int) -> tuple[
         if site.group not in first:
             with naming(site.name), naming_classes(site.problem, sites):
                 first[site.group] = site.model.first(site.train, first_env(site, seed))
-    given = _given(algorithm, sites, seed)
+    given = _given(algorithm, sites, first, seed)
     if given is not None:
-        offered = dict(first)
-        fits = [group for group, tree in first.items() if all(tree.spec.get(n) == given.spec[n] for n in given)]
-        if not fits:
-            name, tree = next(iter(first.items()))
-            raise SpecError(f"the state to start from does not fit {name}: {given.spec.difference(tree.spec)}")
-        first.update({group: offered[group].overlay(given) for group in fits})
-        # those first, as what is shared begins at the first group's
-        first = {group: first[group] for group in (*fits, *(group for group in first if group not in fits))}
-        return first, dict.fromkeys(fits, given)
+        return laid_over(first, given), dict.fromkeys(fitting(given, first), given)
     return first, {}
 
 
@@ -531,10 +564,27 @@ def first_env(site: Site, seed: int) -> Env:
     return Env(seed=seed, problem=site.problem, public=site.public, train=site.train, group=site.group)
 
 
-def _given(algorithm: Algorithm, sites: Mapping[str, Site], seed: int) -> Tree | None:
+def fitting(given: Tree, first: Mapping[str, Tree]) -> list[str]:
+    """The groups whose models have all entries of a given state, in its shapes; raises `SpecError` where none has."""
+    fits = [group for group, tree in first.items() if all(tree.spec.get(n) == given.spec[n] for n in given)]
+    if not fits:
+        name, tree = next(iter(first.items()))
+        raise SpecError(f"the state to start from does not fit {name}: {given.spec.difference(tree.spec)}")
+    return fits
+
+
+def laid_over(first: Mapping[str, Tree], given: Tree) -> dict[str, Tree]:
+    """Each group's first state with the given one over it where it fits; those first, as what is shared begins there."""
+    fits = fitting(given, first)
+    return {group: first[group].overlay(given) for group in fits} | {
+        group: tree for group, tree in first.items() if group not in fits
+    }
+
+
+def _given(algorithm: Algorithm, sites: Mapping[str, Site], first: Mapping[str, Tree], seed: int) -> Tree | None:
     initial, model = getattr(algorithm, "initial", None), getattr(algorithm, "model", None)
     if initial is not None:
-        return start_of(initial, "initial=")
+        return start_of(initial, "initial=", first)
     if model is None:
         return None
     if not isinstance(model, Model):
@@ -588,24 +638,32 @@ def _unfit_starts(clients: Mapping[str, Client], sites: Mapping[str, Site]) -> I
 
 
 def with_used_start(population: Population, algorithm: Algorithm, state: State) -> Population:
-    """Of a given start only what is in the server's first state; what becomes of the rest is said in a note.
-
-    A client's private part starts at the client, which over a network nobody else can reach.
-    """
+    """Of a given start only what is in the server's first state; what becomes of the rest is said in a note."""
     if not population.given:
         return population
     tree = next(iter(population.given.values()))
-    used = {name for name in tree if any(_has(found, name, tree) for found in state.trees.values())}
+    used, notes = used_start(algorithm, tree, state, population.first, population.given)
+    given = {group: tree.only(used) for group in population.given}
+    return replace(population, given=given, notes=(*population.notes, *notes))
+
+
+def used_start(
+    algorithm: Algorithm, given: Tree, state: State, groups: Iterable[str], fits: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Names of what a run starts from, of ``model=`` or ``initial=``, and a sentence for each part of it that it does not.
+
+    A client's private part starts at the client, which over a network nobody else can reach.
+    """
+    used = [name for name in given if any(_has(tree, name, given) for tree in state.trees.values())]
     word, notes = "initial=" if getattr(algorithm, "initial", None) is not None else "model=", []
-    if idle := [name for name in tree if name not in used and part_of(name) != "buffers"]:
+    if idle := [name for name in given if name not in used and part_of(name) != "buffers"]:
         notes.append(
             f"{_few(idle)} of {word} are not shared by {algorithm.name} and were left out: each client starts with its own; "
             "give them with pf.Client(start=)"
         )
-    if others := [group for group in population.first if group not in population.given]:
-        notes.append(f"{word} fits {_few(list(population.given))}; {_few(others)} starts as usual")
-    given = {group: tree.only(used) for group in population.given}
-    return replace(population, given=given, notes=(*population.notes, *notes))
+    if others := [group for group in groups if group not in fits]:
+        notes.append(f"{word} fits {_few(list(fits))}; {_few(others)} starts as usual")
+    return used, notes
 
 
 def _has(found: Tree, name: str, tree: Tree) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,7 +22,7 @@ from polyfed.core import wire
 from polyfed.core.aggregate import DEFAULT_POLICY, UpdatePolicy
 from polyfed.core.algorithm import Algorithm, Env
 from polyfed.core.coordinator import Coordinator, Federation
-from polyfed.core.errors import CorruptError, DataError, PeerError, RunError, SpecError, StorageError, UsageError
+from polyfed.core.errors import CorruptError, DataError, PeerError, RunError, StorageError, UsageError
 from polyfed.core.events import Action, Event
 from polyfed.core.history import RoundLog
 from polyfed.core.manifest import Manifest, from_values, manifest_of
@@ -35,6 +36,7 @@ from polyfed.core.tree import Array, Tree
 from polyfed.data import Raw
 from polyfed.network.forms import Enrolment, Recalled
 from polyfed.network.limits import DEFAULT, NetworkLimits
+from polyfed.run.client import fitting, laid_over, naming_groups, start_of, used_start
 from polyfed.run.student import student_of
 from polyfed.run.trainers import check_trainers, trainers_at_server
 from polyfed.storage.blobs import FileBlobs
@@ -125,6 +127,7 @@ class Host:
         self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
     ) -> Coordinator:
         federation = self._federation(enrolments, groups, first)
+        self._check_start(federation, first)
         if self.folder is None:
             return Coordinator(federation)
         self._write_down(enrolments, groups, first)
@@ -132,6 +135,17 @@ class Host:
         if journal.read():
             return Coordinator.resume(federation, journal, blobs)
         return Coordinator(federation, journal=journal, blobs=blobs)
+
+    def _check_start(self, federation: Federation, first: Mapping[str, Tree]) -> None:
+        """That the groups go together, and a warning of what ``initial=`` or ``model=`` gives in vain."""
+        given = self._given(federation.problem)
+        if given is None and len(first) == 1:
+            return
+        with naming_groups(federation.groups):
+            start = self.algorithm.init(federation.env(0, len(federation.groups)))
+        if given is not None:
+            for note in used_start(self.algorithm, given, start, first, fitting(given, first))[1]:
+                warnings.warn(note, stacklevel=2)
 
     def _trainers(
         self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
@@ -153,7 +167,7 @@ class Host:
     ) -> Federation:
         assert self.problem is not None
         given = self._given(self.problem)
-        starts = dict(first) if given is None else _laid_over(first, given)
+        starts = dict(first) if given is None else laid_over(first, given)
         return Federation(
             algorithm=self.algorithm,
             problem=self.problem,
@@ -237,12 +251,8 @@ class Host:
     def _given(self, problem: Problem) -> Tree | None:
         """The state that the job itself gives to start from; None where the clients offer it."""
         initial, model = getattr(self.algorithm, "initial", None), getattr(self.algorithm, "model", None)
-        if isinstance(initial, Message):
-            return Tree({name: array for tree in initial.trees.values() for name, array in tree.items()})
         if initial is not None:
-            if not isinstance(initial, Tree):
-                raise UsageError(f"initial= is a {type(initial).__name__}; give a Tree or a Message")
-            return initial
+            return start_of(initial, "initial=")
         if model is None:
             return None
         if not isinstance(model, Model):
@@ -563,14 +573,6 @@ def _with_public(algorithm: Algorithm, public: Any) -> Algorithm:
     if getattr(algorithm, "public", None) is not None:
         raise UsageError(f"public= and {algorithm.name}(public=...) both name the public rows; give one of them")
     return replace(algorithm, public=public)  # type: ignore[type-var]  # a dataclass, as checked
-
-
-def _laid_over(first: Mapping[str, Tree], given: Tree) -> dict[str, Tree]:
-    fits = [group for group, tree in first.items() if all(tree.spec.get(n) == given.spec[n] for n in given)]
-    if not fits:
-        name, tree = next(iter(first.items()))
-        raise SpecError(f"the state to start from does not fit {name}: {given.spec.difference(tree.spec)}")
-    return {group: tree.overlay(given) if group in fits else tree for group, tree in first.items()}
 
 
 def _labelled(inputs: dict[str, Array], problem: Problem) -> Rows:

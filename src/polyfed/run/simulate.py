@@ -34,6 +34,7 @@ from polyfed.run.client import (
     Population,
     TaskKind,
     listed,
+    naming_groups,
     populate,
     trainers_of,
     with_everything,
@@ -178,9 +179,7 @@ class Run:
         for name, client in self.population.clients.items():
             if name in state.population or client.is_present(state.round_num):
                 continue
-            if client.joins_at > state.round_num:
-                yield f"{name} never took part: it joins at round {client.joins_at}, the run had {state.round_num}"
-            else:
+            if client.joins_at <= state.round_num:  # the others are in `Result.presence`
                 yield f"{name} was away when the run ended, in round {state.round_num}: its test rows were not read"
 
 
@@ -225,7 +224,8 @@ def open_rounds(
         policy=policy,
     )
     if population.given:
-        start = federation.algorithm.init(federation.env(0, len(population.sites)))
+        with naming_groups(population.groups):
+            start = algorithm.init(federation.env(0, len(population.sites)))
         population = with_used_start(population, algorithm, start)
     works = _executor(executor, workers)
     onlooker = _watch(watch)
@@ -244,7 +244,8 @@ def open_rounds(
         if onlooker is not None:
             onlooker.start(population, rounds, algorithm.name)
         if is_new:
-            driver.begin(list(population.sites))
+            with naming_groups(population.groups):
+                driver.begin(list(population.sites))
         else:
             driver.come_back(list(population.sites))
     except BaseException:
