@@ -10,7 +10,7 @@ Sign of an update, everywhere: trained minus start, added by the server.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ from polyfed.core import seed
 from polyfed.core.message import Memory, Message, State
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.terms import Own, Term
-from polyfed.core.tree import Array, Spec, Tree
+from polyfed.core.tree import Array, Spec, Tree, part_of
 
 if TYPE_CHECKING:
     from polyfed.core.aggregate import Aggregate
@@ -145,7 +145,8 @@ class Env:
             end of a run that reads it.
         group: name of the client's architecture group; clients of one group may average all of their parameters.
         frozen: prefixes of what the client never trains; what it sends of them weighs nothing.
-        first: at the server, the state to start from for each group; at a client, empty.
+        first: at the server, of each group's state to start from what `Algorithm.offered` names; at a client, empty.
+        specs: at the server, the spec of each group's whole state, where `first` holds a part of it. See `whole`.
         trainers: at the server, models that it trains or asks by itself, their rows being the public ones: by group where
             the algorithm has `trains_groups`, and "student" where it has one. At a client, empty. See `work.ask`.
         draw: of the `Fit` that is being answered; 0 elsewhere.
@@ -165,6 +166,7 @@ class Env:
     group: str = ""
     frozen: tuple[str, ...] = ()
     first: Mapping[str, Tree] = field(default_factory=dict)
+    specs: Mapping[str, Spec] = field(default_factory=dict)
     trainers: Mapping[str, Site] = field(default_factory=dict)
     draw: int = 0
     device: str = "cpu"
@@ -180,6 +182,10 @@ class Env:
     def _stream(self, purpose: str) -> tuple[str | int, ...]:
         stream = (self.client, self.number, purpose)
         return (*stream, self.draw) if self.draw else stream
+
+    def whole(self, group: str) -> Spec:
+        """The spec of a group's whole state, personal parts and buffers included; `KeyError` for an unknown group."""
+        return self.specs[group] if group in self.specs else self.first[group].spec
 
     @property
     def num_examples(self) -> int:
@@ -230,6 +236,16 @@ class Algorithm:
     @property
     def name(self) -> str:
         return type(self).__name__
+
+    def offered(self, state: Spec) -> Collection[str]:
+        """Names of those entries of a model's whole first state whose values the server needs.
+
+        Over a network the first client of each group sends these and no others, and `Env.first` holds these alone under
+        every driver. By default all but buffers where `needs` asks for "params", and nothing where it does not; an
+        algorithm that keeps a part personal leaves it out here.
+        """
+        is_needed = any("params" in words for words in self.needs.any_of)
+        return {name for name in state if is_needed and part_of(name) != "buffers"}
 
     def init(self, env: Env) -> State:
         """The server's state before round 1; ``env.first`` holds the parameters to start from."""

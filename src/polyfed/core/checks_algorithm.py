@@ -77,10 +77,10 @@ def play(
         after: where to go on from.
         student: what the server trains, for an algorithm that has one.
     """
-    played = after or Played(algorithm.init(server_env(sites, seed, student=student)))
+    played = after or Played(algorithm.init(_needed(algorithm, server_env(sites, seed, student=student))))
     for round_num in range(played.round_num + 1, played.round_num + rounds + 1):
         names = list(sites if cohort is None else cohort(round_num))
-        env = server_env(sites, seed, round_num, student)
+        env = _needed(algorithm, server_env(sites, seed, round_num, student))
         played = _round(algorithm, sites, replace(played, round_num=round_num), env, names, tamper)
     return played
 
@@ -104,6 +104,12 @@ def server_env(sites: Mapping[str, Site], seed: int, round_num: int = 0, student
         first=first,
         trainers=_trainers(sites, one, student),
     )
+
+
+def _needed(algorithm: Algorithm, env: Env) -> Env:
+    """The env with no more of the first states than a run hands to the server."""
+    first = {group: tree.only(algorithm.offered(tree.spec)) for group, tree in env.first.items()}
+    return replace(env, first=first, specs={group: tree.spec for group, tree in env.first.items()})
 
 
 def _trainers(sites: Mapping[str, Site], one: Site, student: Model | None) -> dict[str, Site]:
@@ -195,7 +201,7 @@ class Case:
 
     def env(self, round_num: int = 1, site: Site | None = None) -> Env:
         """The server's env; `site`: whose message is made or checked."""
-        env = server_env(self.make(), self.seed, round_num, self.student)
+        env = _needed(self.algorithm, server_env(self.make(), self.seed, round_num, self.student))
         return env if site is None else addressed(env, site)
 
 

@@ -46,7 +46,7 @@ from polyfed.core.records import Phase, Taken
 from polyfed.core.round import Rules, step
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.stop import Rounds, Stop
-from polyfed.core.tree import Tree
+from polyfed.core.tree import Spec, Tree
 from polyfed.core.work import failure
 
 
@@ -55,7 +55,8 @@ class Federation:
     """What one run is: everything that all of its drivers share and that does not change.
 
     Attributes:
-        first: for each group of clients of one architecture, the state to start from.
+        first, specs: for each group of clients of one architecture, of the state to start from what the algorithm needs
+            (`Algorithm.offered`), and the spec of the whole.
         groups: client -> its group.
         frozen: client -> prefixes of what it never trains; without an entry where that is nothing.
         trainers: what the server can train by itself: see `Env.trainers`.
@@ -67,6 +68,7 @@ class Federation:
     rules: Rules = field(default_factory=Rules)
     stop: Stop = field(default_factory=lambda: Rounds(1))
     first: Mapping[str, Tree] = field(default_factory=dict)
+    specs: Mapping[str, Spec] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
     frozen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     public: Rows | None = None
@@ -86,6 +88,7 @@ class Federation:
             group=self.groups.get(client, ""),
             frozen=self.frozen.get(client, ()),
             first=self.first,
+            specs=self.specs,
             trainers=self.trainers,
         )
 

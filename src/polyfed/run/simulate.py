@@ -216,7 +216,8 @@ def open_rounds(
         problem=population.problem,
         rules=Rules(schedule=plan, seed=seed, evaluate_every=evaluate_every, test=test),
         stop=rule,
-        first=population.first,
+        first={group: tree.only(algorithm.offered(tree.spec)) for group, tree in population.first.items()},
+        specs={group: tree.spec for group, tree in population.first.items()},
         groups=population.groups,
         frozen={name: site.frozen for name, site in population.sites.items() if site.frozen},
         public=next(iter(population.sites.values())).public,
@@ -495,7 +496,7 @@ def _same_run(folder: Path, federation: Federation, population: Population) -> N
         "evaluation": [rules.evaluate_every, rules.test],
         "policy": repr(federation.policy),
         "clients": {n: _said_of(population.clients[n], site) for n, site in population.sites.items()},
-        "first": {group: tree.digest for group, tree in federation.first.items()},
+        "first": {group: tree.digest for group, tree in population.first.items()},
     }
     if federation.trainers:
         said["trainers"] = {n: [s.model.kind, dict(s.model.settings)] for n, s in federation.trainers.items()}
