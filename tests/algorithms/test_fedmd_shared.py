@@ -108,5 +108,11 @@ def test_shared_when_nobody_has_it_names_what_there_is():
 
 def test_shared_when_it_differs_between_groups_names_both():
     sites = sites_of({"north": NumpyModel(3), "south": NumpyModel(6), "west": NumpyModel(0)})
-    with pytest.raises(SpecError, match=r"cannot average group 1 with group 0: base\.w"):
+    with pytest.raises(SpecError, match=r"^FedMD cannot average group 1 with group 0: base\.w") as told:
         play(FedMD(PUBLIC, shared="base"), sites, rounds=1)
+    assert "FedMD, which needs" not in str(told.value)
+    assert str(told.value).endswith("equal in all who have it, or leave shared= out")
+    with pytest.raises(SpecError, match=r"^FedAvg cannot average .* or use FedMD, which needs no equal models$"):
+        play(FedAvg(shared="base"), sites, rounds=1)
+    with pytest.raises(UsageError, match=r"^FedMD: 'neck' in shared=\('base', 'neck'\) names no entry"):
+        play(FedMD(PUBLIC, shared=("base", "neck")), mixed(), rounds=1)

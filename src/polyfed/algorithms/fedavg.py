@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -59,6 +59,9 @@ class FedAvg(Algorithm):
     model: Any = field(default=None, metadata={"local": True}, kw_only=True, repr=False, compare=False)
     initial: Any = field(default=None, metadata={"local": True}, kw_only=True, repr=False, compare=False)
 
+    #: what to write where the parts of two groups differ
+    instead: ClassVar[str] = "share an equal part with shared=, or use FedMD, which needs no equal models"
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "shared", (self.shared,) if isinstance(self.shared, str) else tuple(self.shared))
         if not all(prefix.removeprefix("!") for prefix in self.shared):
@@ -97,10 +100,7 @@ class FedAvg(Algorithm):
         chosen, *others = parts
         for group, name in product(others, parts[chosen]):
             if difference := parts[group][name].spec.difference(parts[chosen][name].spec):
-                raise SpecError(
-                    f"{self.name} cannot average {group} with {chosen}: {difference}; "
-                    "share an equal part with shared=, or use FedMD, which needs no equal models"
-                )
+                raise SpecError(f"{self.name} cannot average {group} with {chosen}: {difference}; {self.instead}")
         return Message(trees={name: tree for name, tree in parts[chosen].items() if tree})
 
     def broadcast(self, state: State, client: str, env: Env) -> Message:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from polyfed.algorithms.consensus import Consensus, public_rows
 from polyfed.algorithms.fedavg import FedAvg
@@ -68,7 +68,7 @@ class FedMD(Consensus):
     @property
     def averaging(self) -> FedAvg:
         """What becomes of the shared part, where there is one."""
-        return FedAvg(shared=self.shared)
+        return _Averaging(shared=self.shared, host=self.name)
 
     def offered(self, state: Spec) -> Collection[str]:
         """What is shared, if anything is."""
@@ -122,3 +122,16 @@ class FedMD(Consensus):
         if "params" in aggregate.trees:  # a round may have nobody who shares
             state = self.averaging.server_update(state, aggregate, env)
         return state.put(trees={"soft": self.consensus(aggregate)})
+
+
+@dataclass(frozen=True)
+class _Averaging(FedAvg):
+    """`FedAvg` of a part, whose mistakes are those of the method that shares it."""
+
+    host: str = field(default="", kw_only=True)
+
+    instead: ClassVar[str] = "name a part in shared= that is equal in all who have it, or leave shared= out"
+
+    @property
+    def name(self) -> str:
+        return self.host
