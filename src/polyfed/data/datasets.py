@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 
 from polyfed.core import seed as streams
-from polyfed.core.errors import DataError, MissingExtraError
+from polyfed.core.errors import DataError
 from polyfed.core.tree import Array
 from polyfed.data.cohorts import CLINICAL, COMMON_GENE, TARGET, cohorts
 from polyfed.data.idx import image_pair, read_idx
 from polyfed.data.series import Series, windows
-from polyfed.data.table import Raw
+from polyfed.data.table import Raw, pandas
 
 __all__ = [
     "BREAST_COMMON",
@@ -111,7 +111,7 @@ def heart(*, zeros_as_missing: bool = True, drop_repeated: bool = True) -> Datas
 
     UCI Heart Disease (Janosi, Steinbrunn, Pfisterer, Detrano 1989), CC BY 4.0.
     """
-    pd = _pandas()
+    pd = pandas()
     table = pd.read_csv(_open("heart_disease_uci.csv.gz")).drop(columns="id")
     if drop_repeated:
         table = table.drop_duplicates()
@@ -147,7 +147,7 @@ def thyroid(
 
     UCI Thyroid Disease (Garvan Institute, Quinlan 1987), CC BY 4.0.
     """
-    pd = _pandas()
+    pd = pandas()
     table = pd.read_csv(_open("thyroid.csv.gz")).drop(columns="patient_id")
     diagnosis = table.pop("target")
     for column in table.columns:
@@ -200,7 +200,7 @@ def breast(path: str | Path | None = None) -> Dataset:
     van 't Veer and others 2002, van de Vijver and others 2002 (NKI); Desmedt and others 2007 (GEO series GSE7390).
     """
     source = "NKI 70 genes (van de Vijver 2002), from oncodatasets; GEO GSE7390 (Desmedt 2007), from scikit-survival"
-    return Dataset("breast", cohorts(_pandas(), path), TARGET, source)
+    return Dataset("breast", cohorts(pandas(), path), TARGET, source)
 
 
 def mfeat(*views: View) -> Dataset:
@@ -423,11 +423,3 @@ def _csv(file: str, *columns: str) -> dict[str, list[str]]:
 
 def _open(file: str) -> Any:
     return gzip.open(io.BytesIO(resources.files("polyfed.data").joinpath("real", file).read_bytes()))
-
-
-def _pandas() -> Any:
-    try:
-        import pandas as pd
-    except ImportError:
-        raise MissingExtraError("pandas", "sklearn") from None
-    return pd

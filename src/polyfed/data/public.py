@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from polyfed.core.errors import DataError, MalformedError, MissingExtraError
+from polyfed.core.errors import DataError, MalformedError
 from polyfed.core.message import Message
 from polyfed.core.tree import DTYPES, Array, Tree
-from polyfed.data.table import Raw, is_frame, missing_in, values_of
+from polyfed.data.table import Raw, is_frame, missing_in, pandas, values_of
 
 TREE = "rows"
 _PANDAS_DTYPES = re.compile(
@@ -104,7 +104,7 @@ def _joined(values: list[Any]) -> Any:
         str(c): _joined_columns([values_of(frame.iloc[:, i]) for frame in values])
         for i, c in enumerate(values[0].columns)
     }
-    return _pandas().DataFrame(columns)
+    return pandas().DataFrame(columns)
 
 
 def _joined_columns(parts: list[Array]) -> Array:
@@ -217,8 +217,8 @@ def _value_back(message: Message, tree: Tree, key: str) -> Any:
     series = [_column_back(tree[f"{key}.{j}"], dtypes[j], message.text.get(f"{key}.{j}")) for j in range(len(columns))]
     if len({len(s) for s in series}) > 1:
         raise MalformedError("public rows: columns differ in length")
-    pandas = _pandas()
-    return pandas.DataFrame(dict(zip(columns, series, strict=True)))
+    pd = pandas()
+    return pd.DataFrame(dict(zip(columns, series, strict=True)))
 
 
 def _column_back(array: Array, dtype: str, vocabulary: tuple[str, ...] | None) -> Any:
@@ -230,36 +230,36 @@ def _column_back(array: Array, dtype: str, vocabulary: tuple[str, ...] | None) -
         raise MalformedError(f"public rows: a column of {array.dtype} says that it is {dtype[:40]!r}")
     if vocabulary is not None:
         return _text_back(array, dtype, vocabulary)
-    pandas = _pandas()
+    pd = pandas()
     if dtype.startswith("datetime64") and array.dtype == np.int64:
         return array.view(dtype)
     if array.dtype == np.int8 and dtype in ("object", "boolean"):
         if ((array < -1) | (array > 1)).any():
             raise MalformedError("public rows: a column of true/false values holds other codes than -1, 0, 1")
         values = np.array([np.nan, False, True], object)[array + 1]
-        return pandas.Series(values, dtype=object if dtype == "object" else pandas.BooleanDtype())
+        return pd.Series(values, dtype=object if dtype == "object" else pd.BooleanDtype())
     try:
-        return pandas.Series(array, dtype=dtype if dtype not in ("category", "boolean") else None)
+        return pd.Series(array, dtype=dtype if dtype not in ("category", "boolean") else None)
     except (ValueError, TypeError, OverflowError):
         raise MalformedError(f"public rows: a column of {array.dtype} cannot be {dtype}") from None
 
 
 def _text_back(array: Array, dtype: str, vocabulary: tuple[str, ...]) -> Any:
-    pandas = _pandas()
+    pd = pandas()
     if dtype == "category":
         codes = _checked_codes(array, vocabulary)
         if len(set(vocabulary)) < len(vocabulary):
             raise MalformedError("public rows: a category is named twice")
-        return pandas.Series(pandas.Categorical.from_codes(codes, categories=list(vocabulary)))
+        return pd.Series(pd.Categorical.from_codes(codes, categories=list(vocabulary)))
     if dtype not in ("object", "str", "string"):
         raise MalformedError(f"public rows: text cannot be {dtype}")
     words = _words(array, vocabulary)
-    return pandas.Series(words, dtype=_text_dtype(pandas, dtype))
+    return pd.Series(words, dtype=_text_dtype(pd, dtype))
 
 
-def _text_dtype(pandas: Any, dtype: str) -> Any:
+def _text_dtype(pd: Any, dtype: str) -> Any:
     """A dtype that this pandas has: before version 3, "str" is object."""
-    if dtype == "str" and int(pandas.__version__.split(".", maxsplit=1)[0]) < 3:
+    if dtype == "str" and int(pd.__version__.split(".", maxsplit=1)[0]) < 3:
         return object
     return object if dtype == "object" else dtype
 
@@ -273,11 +273,3 @@ def _checked_codes(array: Array, vocabulary: tuple[str, ...]) -> Array:
 def _words(array: Array, vocabulary: tuple[str, ...]) -> Array:
     words = np.array([*vocabulary, np.nan], dtype=object)
     return np.asarray(words[_checked_codes(array, vocabulary)])
-
-
-def _pandas() -> Any:
-    try:
-        import pandas as pd
-    except ImportError:
-        raise MissingExtraError("pandas", "sklearn") from None
-    return pd

@@ -18,18 +18,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from polyfed.core import seed as streams
-from polyfed.core.errors import DataError, MalformedError, MissingExtraError
+from polyfed.core.errors import DataError, MalformedError
 from polyfed.core.message import Message
 from polyfed.core.rows import Problem
 from polyfed.core.tree import Array, Tree
 from polyfed.data.problem import encode_target
 from polyfed.data.public import kind_of
-from polyfed.data.table import Raw, is_frame, missing_in, values_of
+from polyfed.data.table import Raw, is_frame, missing_in, pandas, values_of
 
 CUT = 2.5  # in standard deviations
 MOST_PRODUCTS = 100  # columns: more of them are drawn independently
@@ -141,7 +140,7 @@ def as_sites_have_it(merged: Message, columns: Sequence[Array]) -> Raw:
     if form == "array":
         table = np.stack(columns, axis=1).astype(np.float32)
         return Raw({input_name: table.reshape(len(table), *map(int, shape))})
-    return Raw({input_name: _frame(dict(zip(merged.text["columns"], columns, strict=True)))})
+    return Raw({input_name: pandas().DataFrame(dict(zip(merged.text["columns"], columns, strict=True)))})
 
 
 def _columns(raw: Raw) -> tuple[tuple[str, ...], list[Array], tuple[str, ...]]:
@@ -366,11 +365,3 @@ def _with_gaps(values: Array | None, merged: Message, entry: str, of_class: Arra
     return (
         np.where(gone, np.nan, values) if values.dtype.kind == "f" else np.where(gone, np.array(np.nan, object), values)
     )
-
-
-def _frame(columns: dict[str, Array]) -> Any:
-    try:
-        import pandas as pd
-    except ImportError:
-        raise MissingExtraError("pandas", "sklearn") from None
-    return pd.DataFrame(columns)

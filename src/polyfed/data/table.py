@@ -1,7 +1,7 @@
 """Rows of one client as they lie on its disk: before its split, before its preprocessing.
 
-`Raw` holds what the forms of ``data=`` have in common (`polyfed.data.sources` reads them). pandas is never imported
-here: a DataFrame is known by what it offers.
+`Raw` holds what the forms of ``data=`` have in common (`polyfed.data.sources` reads them). pandas is
+imported only to make a DataFrame: one that is given is known by what it offers.
 """
 
 from __future__ import annotations
@@ -12,8 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from polyfed.core.errors import DataError
+from polyfed.core.errors import DataError, MissingExtraError
 from polyfed.core.tree import Array
+
+
+def pandas() -> Any:
+    """The module, for whoever makes a DataFrame; raises `MissingExtraError` where it is not installed."""
+    try:
+        import pandas as pd
+    except ImportError:
+        raise MissingExtraError("pandas", "sklearn") from None
+    return pd
 
 
 def is_frame(value: Any) -> bool:

@@ -22,6 +22,7 @@ from polyfed.core.tree import Array
 from polyfed.data import Prepared, Raw
 from polyfed.data.table import is_frame
 from polyfed.run.client import first_env
+from polyfed.run.text import aligned
 
 if TYPE_CHECKING:
     from polyfed.run.result import Result
@@ -203,7 +204,7 @@ class Ensemble:
         notes = [f"{agree} of {len(votes)} participants vote for {classes[choice]}; together: {self._how()}"]
         if len(shown) < len(classes):
             notes.append(f"{len(classes) - len(shown)} less likely classes are left out of this print")
-        return "\n".join([*_aligned([heads, *lines], left=3), "", *notes])
+        return "\n".join([*aligned([heads, *lines], left=3), "", *notes])
 
     def _of_values(self, votes: Mapping[str, Array], mean: Array) -> str:
         spread = np.sqrt(self.mean({name: np.square(vote - mean) for name, vote in votes.items()}))
@@ -213,7 +214,7 @@ class Ensemble:
         lines.append(["together", "", *(f"{v:.4g}" for v in mean)])
         lines.append(["spread", "", *(f"{v:.4g}" for v in spread)])
         told = f"together: {self._how()}; spread: the standard deviation of what the participants say"
-        return "\n".join([*_aligned([heads, *lines], left=2), "", told])
+        return "\n".join([*aligned([heads, *lines]), "", told])
 
     def _how(self) -> str:
         return "their mean" if self.weights == "uniform" else "their mean weighted by training rows"
@@ -273,17 +274,6 @@ def names_of(problem: Problem) -> Array:
 
 def _narrow(values: Array) -> Array:
     return values[:, 0] if values.shape[1] == 1 else values
-
-
-def _aligned(lines: Sequence[Sequence[str]], *, left: int) -> list[str]:
-    """Columns of equal width, the first few to the left, numbers to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join(
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
 
 
 __all__ = ["Ensemble", "Member", "ensemble_of"]

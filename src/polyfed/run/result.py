@@ -22,6 +22,7 @@ from polyfed.core.tree import Tree
 from polyfed.core.work import personal
 from polyfed.run.client import Population, first_env
 from polyfed.run.driver import Driver
+from polyfed.run.text import aligned
 
 if TYPE_CHECKING:
     from polyfed.run.ensemble import Ensemble, Weights
@@ -342,12 +343,6 @@ class Result:
         if len(rows) > 1:
             lines.append(["mean", "", "", *(_cell(mean[name], name) for name in columns)])
         heads = [metric if name == "client" else name for name in names]
-        widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(names))]
-        text = [
-            _line(heads, widths),
-            _line(["-" * width for width in widths], widths),
-            *(_line(x, widths) for x in lines),
-        ]
         better = "lower is better" if scores.is_lower_better(metric) else "higher is better"
         on = "test" if self.test else "validation"
         ran = f"{len(self.history)} round{'s' * (len(self.history) != 1)}"
@@ -355,7 +350,9 @@ class Result:
         if len(shown) < len(rows):
             ends = f"the {SHOWN_OF_MANY} lowest and the {SHOWN_OF_MANY} highest"
             notes.insert(0, f"{ends} of {len(rows)} clients; {len(rows) - len(shown)} are left out of this print")
-        return "\n".join([*text, "", *notes, *self._undefined(metric), *self._of_student(), *self._said()])
+        return "\n".join(
+            [*aligned([heads, [], *lines]), "", *notes, *self._undefined(metric), *self._of_student(), *self._said()]
+        )
 
     def _of_student(self) -> list[str]:
         """What the student reaches beside its teachers, where there is one and test rows were read."""
@@ -471,10 +468,9 @@ def _rounds(rounds: Mapping[int, str], of: int) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of everything that decides bits."""
-    names = ("polyfed", "numpy", "torch", "keras", "scikit-learn", "tensorflow-cpu", "tensorflow", "jax", "jaxlib")
-    names += ("lightgbm", "xgboost-cpu", "xgboost")
+    names = "polyfed numpy torch keras scikit-learn tensorflow-cpu tensorflow jax jaxlib lightgbm xgboost-cpu xgboost"
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in names:
+    for name in names.split():
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -493,10 +489,3 @@ def _cell(value: Any, column: str) -> str:
     if isinstance(value, float):
         return f"{value:+.3f}" if column == "difference" else f"{value:.3f}"
     return str(value)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(
-        cell.ljust(width) if i < 2 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ).rstrip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from polyfed.data import Raw
 from polyfed.data.prepare import Prepared
 from polyfed.data.problem import encode_target
 from polyfed.run.ensemble import Member, reshapes, said, wants_of
+from polyfed.run.text import aligned
 
 if TYPE_CHECKING:
     from polyfed.run.result import Result
@@ -122,7 +123,7 @@ class Standings:
 
     Attributes:
         metric: what is compared.
-        problem_rows: all test rows.
+        num_rows: all test rows.
         lines: one for each participant.
         ensemble: the mean of the participants' answers, uniform weights.
         student: None where the algorithm teaches none.
@@ -136,7 +137,6 @@ class Standings:
     student: Score | None
     student_model: str = ""
     level: float = LEVEL
-    has_alone: bool = field(default=False)
 
     @property
     def is_lower_better(self) -> bool:
@@ -188,25 +188,13 @@ class Standings:
     def __str__(self) -> str:
         columns = ["own alone", "own", "everyone's alone", "everyone's", "rows", "student gain"]
         rows = self.rows()
-        mean: dict[str, Any] = {
-            "who": "mean",
-            "model": "",
-            "own alone": self.mean("own_alone"),
-            "own": self.mean("own"),
-        }
-        mean |= {"everyone's alone": self.mean("all_alone"), "everyone's": self.mean("all")}
-        rows.insert(len(self.lines), mean)
+        mean = {"own alone": "own_alone", "own": "own", "everyone's alone": "all_alone", "everyone's": "all"}
+        told = {"who": "mean", "model": ""} | {column: self.mean(name) for column, name in mean.items()}
+        rows.insert(len(self.lines), told)
         shown = [name for name in columns if any(row.get(name) is not None for row in rows)]
-        lines = [[self.metric, "model", *shown]]
-        lines += [[str(row["who"]), str(row["model"]), *(_cell(row, name) for name in shown)] for row in rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        lines.insert(1, ["-" * width for width in widths])
-        lines.insert(2 + len(self.lines), ["-" * width for width in widths])
-        text = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in lines
-        ]
-        return "\n".join([*(line.rstrip() for line in text), "", self._said()])
+        lines = [[row["who"], row["model"], *(_cell(row, name) for name in shown)] for row in rows]
+        lines.insert(len(self.lines), [])
+        return "\n".join([*aligned([[self.metric, "model", *shown], [], *lines]), "", self._said()])
 
     def _said(self) -> str:
         better = "lower is better" if self.is_lower_better else "higher is better"
@@ -240,8 +228,7 @@ def standings_of(result: Result, metric: str | None = None) -> Standings:
         )
         for name, member in teachers.items()
     ]
-    known = {name for line in lines for name, score in ((line.client, line.all),) if score.value is not None}
-    if not known:
+    if all(line.all.value is None for line in lines):
         there = sorted({name for values in result.test.values() for name in values})
         raise UsageError(f"there is no metric {metric!r} to compare by; there are {', '.join(there)}")
     return Standings(
@@ -251,7 +238,6 @@ def standings_of(result: Result, metric: str | None = None) -> Standings:
         ensemble=field_.score(_together(answers), metric, taught),
         student=None if taught is None else field_.score(taught, metric),
         student_model="" if student is None else student.kind,
-        has_alone=bool(alone),
     )
 
 
@@ -333,12 +319,8 @@ def _outputs(votes: Array, problem: Problem) -> Array:
 
 def _together(answers: Mapping[str, Answers]) -> Answers:
     """The uniform mean of those that can read a site's rows."""
-    sites = {site for votes in answers.values() for site in votes}
-    order = [site for votes in answers.values() for site in votes if site in sites]
-    return {
-        site: np.mean([votes[site] for votes in answers.values() if site in votes], axis=0)
-        for site in dict.fromkeys(order)
-    }
+    sites = dict.fromkeys(site for votes in answers.values() for site in votes)
+    return {site: np.mean([votes[site] for votes in answers.values() if site in votes], axis=0) for site in sites}
 
 
 def _right(votes: Array, target: Array) -> Array:

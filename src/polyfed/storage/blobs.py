@@ -11,6 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from polyfed.core.errors import CorruptError, StorageError
+from polyfed.storage.files import sync_folder
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNFINISHED = ".put-"
@@ -39,7 +40,7 @@ class FileBlobs:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._sync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
         except OSError as error:
             raise StorageError(f"the folder {folder} cannot be made: {error}") from error
 
@@ -54,7 +55,7 @@ class FileBlobs:
             if not self._has(digest, data):
                 self._write(digest, data)
             # Also where the file was there: whoever wrote it may have been killed before this.
-            self._sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             raise StorageError(f"a blob of {len(data)} bytes cannot be written to {self.folder}: {error}") from error
         return digest
@@ -77,14 +78,6 @@ class FileBlobs:
             with suppress(OSError):
                 Path(name).unlink()
             raise
-
-    @staticmethod
-    def _sync_folder(folder: Path) -> None:
-        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
 
     def get(self, digest: str) -> bytes:
         """The bytes of a digest.

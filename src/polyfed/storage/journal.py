@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Self
 
 from polyfed.core.errors import CorruptError, StorageError
+from polyfed.storage.files import sync_folder
 
 MAGIC = b"polyfed journal 1\n"
 _HEAD = struct.Struct("<III")
@@ -156,7 +157,7 @@ class FileJournal:
             _write(self._file, MAGIC, 0)
             self._end = len(MAGIC)
         os.fsync(self._file)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
         self._is_clean = True
 
     def append(self, records: Sequence[bytes]) -> None:
@@ -213,14 +214,6 @@ def _write(file: int, data: bytes, at: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(file, data[done:], at + done)
-
-
-def _sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _locked(path: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from polyfed.core import wire
 from polyfed.core.errors import CorruptError, PeerError, StorageError
 from polyfed.core.message import Memory
+from polyfed.storage.files import write_whole
 
 _RECEIPT = re.compile(r"\d{1,12}(\.\d{1,12}){2}")
 _LIMITS = wire.Limits(max_bytes=1 << 62)
@@ -28,19 +28,8 @@ class FileMemories:
 
     def put(self, receipt: str, memory: Memory) -> None:
         path = self._path(receipt)
-        part = path.with_suffix(".part")
         try:
-            with part.open("wb") as file:
-                for piece in wire.encode(memory):
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            part.rename(path)
-            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)  # the name too must survive
-            finally:
-                os.close(folder)
+            write_whole(path, wire.encode(memory))
         except OSError as error:
             raise StorageError(f"a client's memory cannot be written to {path}: {error}") from error
 
