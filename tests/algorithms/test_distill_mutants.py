@@ -130,8 +130,8 @@ MUTANTS = {
     ),
     "probabilities pass as logits": (
         consensus,
-        "_check_logits",
-        lambda z, env: None,
+        "no_logits",
+        lambda z: "",
         agreed.test_client_when_its_model_ends_in_softmax_is_refused_by_name,
     ),
     "the base leaves before the digest": (

@@ -1,6 +1,7 @@
 """A file is whole or not there, and its name is as durable as its bytes."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,9 @@ from polyfed.storage.files import write_whole
 
 def test_write_whole_when_done_left_the_bytes_and_synced_file_and_folder(tmp_path, monkeypatch):
     synced, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), real(file)))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append(str(Path(f"/proc/self/fd/{file}").readlink())), real(file))
+    )
     write_whole(tmp_path / "a.memory", [b"one", memoryview(b"two")])
     assert (tmp_path / "a.memory").read_bytes() == b"onetwo"
     assert synced == [str(tmp_path / "a.part"), str(tmp_path)]

@@ -107,8 +107,8 @@ class Consensus(Algorithm):
         Raises:
             UsageError: the outputs of a classification are probabilities or labels where logits are due; names the client.
         """
-        if env.problem.is_classification:
-            _check_logits(outputs, env)
+        if env.problem.is_classification and (wrong := no_logits(outputs)):
+            raise UsageError(f"{env.client} {wrong}")
         said = self.said(outputs, env.problem)
         if self.weighting == "entropy":
             weight = np.asarray(certainty(outputs)[:, None], np.float32)
@@ -211,11 +211,6 @@ def public_rows(message: Message, env: Env, algorithm: str) -> Rows:
             f"{int(message.numbers['public_rows'])}; a pipeline must keep every public row, in order"
         )
     return env.public if env.public.target is None else env.public.unlabelled()
-
-
-def _check_logits(outputs: Array, env: Env) -> None:
-    if said := no_logits(outputs):
-        raise UsageError(f"{env.client} {said}")
 
 
 def _count(rows: Any) -> int:

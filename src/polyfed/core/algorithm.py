@@ -126,7 +126,6 @@ class Predict:
 
 
 Request = Fit | Predict
-Answer = Fitted | Array
 
 
 @dataclass(frozen=True)
