@@ -232,3 +232,15 @@ def test_operations_when_given_plain_numbers_agree_with_numpy():
     ]
     for got, wanted in pairs:
         np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 400.0, 1e6])
+def test_soft_labels_when_the_temperature_is_large_are_still_probabilities(temperature):
+    teacher = np.array([[0.11, *[0.89 / 9] * 9], [1.0, *[0.0] * 9], [0.1] * 10], np.float32)
+    labels = Distill(temperature).soft_labels({"teacher": teacher})
+    assert np.allclose(labels.sum(1), 1.0, atol=1e-12)
+    assert np.array_equal(labels[1], [1.0, *[0.0] * 9])
+    assert np.allclose(labels[2], 0.1)
+    assert labels[0].argmax() == 0
+    if temperature == 4.0:
+        assert np.allclose(labels, teacher**4.0 / (teacher**4.0).sum(1, keepdims=True), atol=1e-6)

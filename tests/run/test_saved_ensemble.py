@@ -103,6 +103,18 @@ def test_a_transformer_that_no_safe_format_takes_costs_a_note_and_not_the_result
         lambda e: e["members"]["plain"].update(steps=3),
         lambda e: e["members"]["plain"].update(wants={"x": [{}]}),
         lambda e: e["members"].update(plain=7),
+        lambda e: e["members"]["plain"].update(steps={"x": ["plain-0.skops"]}),
+        lambda e: e["members"]["plain"].update(num_examples=0),
+        lambda e: e["members"]["plain"].update(num_examples=-5),
+        lambda e: e["members"]["plain"].update(num_examples=True),
+        lambda e: e["members"]["plain"].update(num_examples=2.5),
+        lambda e: e.update(classes=["0", "0"]),
+        lambda e: e.update(classes=[0, "0"]),
+        lambda e: e.update(classes="01"),
+        lambda e: e.update(outputs=True, classes=["0"]),
+        lambda e: e.update(outputs=-1, classes=None),
+        lambda e: e.update(classes=["a", "b"]),
+        lambda e: e.update(classes=None),
         lambda e: e.update(classes=["a"]),
         lambda e: e.update(members=[]),
     ],
@@ -114,7 +126,7 @@ def test_a_description_that_was_changed_is_corrupt(tmp_path, change):
     change(said["ensemble"])
     (folder / "result.json").write_text(json.dumps(said))
     with pytest.raises(pf.errors.CorruptError):
-        pf.load(folder).ensemble()
+        pf.load(folder).ensemble(weights="num_examples").predict(rows(1)[0])
 
 
 def test_a_file_of_preprocessing_never_lies_outside_the_folder(tmp_path):

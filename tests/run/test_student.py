@@ -214,3 +214,12 @@ def test_a_client_that_joined_late_never_or_was_away_is_told_of():
     assert "north" not in result.presence
     assert result.to_dict()["presence"] == result.presence
     assert len(result.ensemble(members=["north", "west"]).predict(rows(5)[0])) == 60
+
+
+def test_checkpoint_of_a_student_that_was_prepared_otherwise_is_another_run(tmp_path):
+    options = {"rounds": 1, "checkpoint": tmp_path / "run"}
+    first = taught("logistic", fields={"preprocess": StandardScaler()}, **options)
+    again = taught("logistic", fields={"preprocess": StandardScaler()}, **options)
+    assert again.version == first.version
+    with pytest.raises(pf.errors.StorageError, match="what the server trains, or the rows that it trains on differs"):
+        taught("logistic", **options)

@@ -133,7 +133,9 @@ class Distill:
         softmax(z / T) = teacher where softmax(z) ∝ teacher^T. Labels softened at T, softened again when they are
         predicted, would drift to the uniform distribution from round to round.
         """
-        sharp = np.asarray(targets["teacher"], np.float64) ** self.temperature
+        with np.errstate(divide="ignore"):  # log 0 is -inf, which stays 0
+            raised = self.temperature * np.log(np.asarray(targets["teacher"], np.float64))  # in logs: p^T underflows
+        sharp = np.exp(raised - raised.max(-1, keepdims=True))
         return np.asarray(sharp / sharp.sum(-1, keepdims=True))
 
 

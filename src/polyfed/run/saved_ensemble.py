@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -93,10 +93,19 @@ def ensemble_of(
 
 def _problem(folder: Path, told: Mapping[str, Any]) -> Problem:
     classes, outputs = told.get("classes"), told.get("outputs")
-    whole = isinstance(outputs, int) and isinstance(told.get("members"), dict)
-    if not whole or not (classes is None or (isinstance(classes, list) and len(classes) == outputs)):
+    if not _counts(outputs) or not isinstance(told.get("members"), dict):
         raise CorruptError(f"{folder}/result.json does not say what was predicted")
-    return Problem(None if classes is None else tuple(str(name) for name in classes), int(outputs or 0))
+    if classes is None:
+        return Problem(None, outputs)
+    names = [str(name) for name in classes] if isinstance(classes, list) else []
+    if len(names) != outputs or len(set(names)) != outputs:
+        raise CorruptError(f"{folder}/result.json: {outputs} different classes are due, not {str(classes)[:200]}")
+    return Problem(tuple(names), outputs)
+
+
+def _counts(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number of at least 1, as JSON has it."""
+    return type(value) is int and value >= 1
 
 
 def _member(saved: Saved, name: str, problem: Problem, told: Any, into: Mapping[str, Any]) -> Member:
@@ -116,7 +125,9 @@ def _member(saved: Saved, name: str, problem: Problem, told: Any, into: Mapping[
 
 def _wants(folder: Path, name: str, told: Any) -> dict[str, tuple[str, ...] | tuple[int, ...]]:
     """Of each input the columns or the shape, as they were written; a name becomes no path here."""
-    wants = told.get("wants") if isinstance(told, dict) and isinstance(told.get("num_examples"), int) else None
+    wants = told.get("wants") if isinstance(told, dict) else None
+    if isinstance(told, dict) and not _counts(told.get("num_examples")):
+        raise CorruptError(f"{folder}/result.json: {name} has {str(told.get('num_examples'))[:80]!r} rows to count by")
     if not isinstance(wants, dict) or not all(
         isinstance(w, list) and (all(isinstance(v, str) for v in w) or all(isinstance(v, int) for v in w))
         for w in wants.values()
@@ -127,7 +138,7 @@ def _wants(folder: Path, name: str, told: Any) -> dict[str, tuple[str, ...] | tu
 
 def _fitted(folder: Path, name: str, steps: Any) -> dict[str, Any]:
     allowed = {f"{name}-{number}.skops" for number in range(len(steps))} | {""} if isinstance(steps, dict) else set()
-    if not isinstance(steps, dict) or not set(steps.values()) <= allowed:
+    if not isinstance(steps, dict) or not all(isinstance(s, str) and s in allowed for s in steps.values()):
         raise CorruptError(f"{folder}/result.json: the preprocessing of {name} is described by {str(steps)[:200]}")
     return {key: _read_step(folder / PREPROCESS / file) if file else None for key, file in steps.items()}
 
@@ -166,11 +177,15 @@ def _sklearn(estimator: Any, rows: Any, problem: Problem) -> Array:
     from polyfed.models.sklearn_rows import matrix  # as above
 
     x = matrix(rows)
+    if problem.is_classification != hasattr(estimator, "classes_"):
+        raise CorruptError(f"result.json has {problem}, and this {type(estimator).__name__} predicts something else")
     if not problem.is_classification:
         return said(estimator.predict(x), problem)
     place = {name: number for number, name in enumerate(names_of(problem).tolist())}
-    full = np.zeros((len(x), problem.outputs))
-    full[:, [place[name] for name in np.asarray(estimator.classes_).tolist()]] = probabilities(estimator, x)
+    full, names = np.zeros((len(x), problem.outputs)), np.asarray(estimator.classes_).tolist()
+    if not set(names) <= set(place):
+        raise CorruptError(f"result.json has the classes {str(list(place))[:80]}, the estimator {str(names)[:80]}")
+    full[:, [place[name] for name in names]] = probabilities(estimator, x)
     full = np.maximum(np.nan_to_num(full), FLOOR)
     return np.asarray(full / full.sum(axis=1, keepdims=True))
 

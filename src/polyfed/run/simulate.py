@@ -480,7 +480,7 @@ _MEANING = {
     "clients": "when clients take part, the clients, their models' settings or their rows",
     "first": "the models' first weights (a module built without a seed? give a factory, or set torch's seed)",
     "stop": "when to stop",
-    "trainers": "what the server trains",
+    "trainers": "what the server trains, or the rows that it trains on",
 }
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -499,7 +499,8 @@ def _same_run(folder: Path, federation: Federation, population: Population) -> N
         "first": {group: tree.digest for group, tree in population.first.items()},
     }
     if federation.trainers:
-        said["trainers"] = {n: [s.model.kind, dict(s.model.settings)] for n, s in federation.trainers.items()}
+        trained = federation.trainers.items()
+        said["trainers"] = {n: [s.model.kind, dict(s.model.settings), _digest_of(s)] for n, s in trained}
     # a function is named by its address, which another process has elsewhere
     path, text = folder / "run.json", _ADDRESS.sub("", json.dumps(said, sort_keys=True, indent=1, default=str))
     if not path.exists():
