@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from polyfed.algorithms.consensus import Consensus, public_rows
 from polyfed.algorithms.fedavg import FedAvg
@@ -60,6 +60,8 @@ class FedDF(Consensus):
 
     needs = Needs.all("predict", "public")
     trains_groups = True
+    #: a mean is over one group's clients alone
+    averages_within_groups: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

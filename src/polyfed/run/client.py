@@ -230,7 +230,11 @@ def populate(algorithm: Algorithm, clients: Iterable[Client], *, seed: int, task
     for site in sites.values():
         _check_public(site)
     first, given = _first(algorithm, sites, seed)
-    notes = _preprocessing_notes(algorithm, raws, prepared)
+    notes = [
+        note
+        for names in _averaged_together(algorithm, groups, first)
+        for note in _preprocessing_notes(algorithm, {n: raws[n] for n in names}, {n: prepared[n] for n in names})
+    ]
     for note in notes:
         warnings.warn(note, PreprocessingWarning, stacklevel=4)
     unused = [*_alike(problem), *_idle_public(algorithm, parts), *_unfit_starts(by_name, sites)]
@@ -596,18 +600,26 @@ def _given(algorithm: Algorithm, sites: Mapping[str, Site], first: Mapping[str, 
 def _preprocessing_notes(
     algorithm: Algorithm, raws: Mapping[str, Raw], prepared: Mapping[str, Prepared]
 ) -> tuple[str, ...]:
-    """A sentence when parameters are averaged although inputs mean different things at different sites."""
-    if not any("params" in words for words in algorithm.needs.any_of):
-        return ()
+    """A sentence where parameters of these clients are averaged although their inputs mean different things."""
     kinds = {name: made.preprocess for name, made in prepared.items()}
     columns = {name: _columns_of(raw) for name, raw in raws.items()}
     features = {name: _features_of(made) for name, made in prepared.items()}
+def _averaged_together(algorithm: Algorithm, groups: Mapping[str, str], first: Mapping[str, Tree]) -> list[list[str]]:
+    """The clients whose parameters go into one mean: all who share any, or those of each group for themselves."""
+    shares = {g: any(part_of(name) == "params" for name in algorithm.offered(tree.spec)) for g, tree in first.items()}
+    means: dict[str, list[str]] = defaultdict(list)
+    for name, group in groups.items():
+        if shares[group]:
+            means[group if getattr(algorithm, "averages_within_groups", False) else ""].append(name)
+    return list(means.values())
+
+
     said = _differing_columns(columns)
     if len(set(kinds.values())) > 1:
         said.append(f"that preprocess differently ({_by_value(kinds)})")
     elif not said:  # other columns or another preprocessing make other features: they are said already
         said = _differing_features({name: found for name, found in features.items() if found})
-    end = "their inputs mean different things. Share an equal preprocessing, or use FedMD"
+    end = "their inputs mean different things. Share an equal preprocessing, or use FedMD without shared="
     return tuple(f"{algorithm.name} averages parameters of clients {what}; {end}" for what in said)
 
 
