@@ -38,7 +38,7 @@ from polyfed.network.forms import Enrolment, Recalled
 from polyfed.network.limits import DEFAULT, NetworkLimits
 from polyfed.run.client import fitting, laid_over, naming_groups, start_of, used_start
 from polyfed.run.student import student_of
-from polyfed.run.trainers import check_trainers, trainers_at_server
+from polyfed.run.trainers import check_trainers, given_to_train, trainers_at_server
 from polyfed.storage.blobs import FileBlobs
 from polyfed.storage.journal import FileJournal
 
@@ -222,8 +222,11 @@ class Host:
             raise StorageError(f"{path} cannot be written: {error}") from error
 
     def _said(self) -> dict[str, Any]:
-        said = manifest_of(self.algorithm)
-        return {"algorithm": said, "seed": self.rules.seed, "rounds": self.limit, "schedule": repr(self.rules.schedule)}
+        said: dict[str, Any] = {"algorithm": manifest_of(self.algorithm), "seed": self.rules.seed, "rounds": self.limit}
+        said["schedule"] = repr(self.rules.schedule)
+        if trained := given_to_train(self.algorithm):
+            said["trainers"] = {name: [model.kind, dict(model.settings)] for name, model in trained.items()}
+        return said
 
     def recall(self) -> Recalled | None:
         """What was written down before the first round.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from polyfed.core.algorithm import Algorithm
 from polyfed.core.errors import UsageError
@@ -21,8 +22,7 @@ def matched(
     Raises:
         UsageError: one of `models` is no model, or fits no group.
     """
-    given = getattr(algorithm, "models", ())
-    given = {f"models[{i}]": model for i, model in enumerate([given] if isinstance(given, Model) else given)}
+    given = _models(algorithm)
     found: dict[str, Model] = {}
     for name, site in public_sites(given, algorithm, public, problem, seed=seed).items() if given else ():
         spec = _trained(site.model.first(site.train, first_env(site, seed)))
@@ -36,6 +36,17 @@ def matched(
         for group in fits:
             found.setdefault(group, site.model)
     return found
+
+
+def _models(algorithm: Algorithm) -> dict[str, Any]:
+    given = getattr(algorithm, "models", ())
+    return {f"models[{i}]": model for i, model in enumerate([given] if isinstance(given, Model) else given)}
+
+
+def given_to_train(algorithm: Algorithm) -> dict[str, Model]:
+    """What the job hands the server to train, by the argument's name: ``student=`` and ``models=``."""
+    given = {"student": getattr(algorithm, "student", None), **_models(algorithm)}
+    return {name: model for name, model in given.items() if isinstance(model, Model)}
 
 
 def _trained(state: Tree) -> Spec:
