@@ -305,10 +305,11 @@ def test_run_when_over_processes_or_the_network_has_the_bits_of_the_loop(name):
 def test_server_when_it_lacks_what_it_trains_says_what_to_give():
     x = rows_and_labels(20, 9)[0]
     public, env = read("public", x, labelled=False), server_env(different(), 0)
+    specs = {group: tree.spec for group, tree in env.first.items()}
     algorithm, learners = FedDF(x, models=NumpyModel(3)), {"group 0": "north", "group 1": "south"}
     with pytest.raises(UsageError, match=r"a model like south's \(group 1\) .*: give FedDF\(models=\[\.\.\.\]\)"):
-        trainers_at_server(algorithm, env.first, learners, public, CLASSES, seed=0)
-    assert set(trainers_at_server(algorithm, env.first, {"group 0": "north"}, public, CLASSES, seed=0)) == {"group 0"}
+        trainers_at_server(algorithm, specs, learners, public, CLASSES, seed=0)
+    assert set(trainers_at_server(algorithm, specs, {"group 0": "north"}, public, CLASSES, seed=0)) == {"group 0"}
     with pytest.raises(UsageError, match="Distill needs a model to train: give student="):
         Server(Distill(x), clients=["north"])
     for algorithm in (Distill(student=NumpyModel()), FedDF()):
@@ -342,7 +343,7 @@ def test_checkpoint_when_the_student_is_another_belongs_to_another_run(tmp_path)
 
     one = run(1)
     assert run(1).state.digest == one.state.digest
-    with pytest.raises(StorageError, match="what the server trains differs"):
+    with pytest.raises(StorageError, match="what the server trains, or the rows that it trains on differs"):
         run(2)
 
 

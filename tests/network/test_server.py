@@ -14,6 +14,7 @@ import polyfed as pf
 from polyfed.core import wire
 from polyfed.core.message import Message
 from polyfed.network.client import Link
+from polyfed.network.forms import Start
 from polyfed.network.limits import NetworkLimits
 from polyfed.run.client import first_env
 from polyfed.run.join import introduction, prepared_site
@@ -53,7 +54,7 @@ class Mallory:
             if offer is None:
                 continue
             if offer.task is None:
-                self.link.start(Message({"first": self.first}))
+                self.link.start(Start(self.first, self.first.spec).message)
             elif offer.task["kind"] == "finish":
                 self.link.leave()
                 self.link.close()

@@ -23,8 +23,9 @@ class FedBABU(FedAvg):
     algorithm 1: θ ← Σ pᵢ (θ − η ∇_θ fᵢ(θ, h₀)); the personal model is (θ, h₀) after `fine_tune` epochs of everything.
 
     The head is the server's, so that all bases learn under one, clients that joined late included; groups whose heads
-    differ in shape have one each. Fine-tuning is done by `personalise`, at every evaluation and for the result; nothing
-    of it is kept or sent.
+    differ in shape have one each. Its first value comes from one client, which over a network has to agree that this much
+    of its personal part leaves it (``pf.Client(consents="personal")``). Fine-tuning is done by `personalise`, at every
+    evaluation and for the result; nothing of it is kept or sent.
 
     Wire: down "params", "stats" (the base) and "head"; up as FedAvg(shared=...). State: "head.DIGEST" for each spec of
     a head. Needs a model that trains a part of itself. Invariants: 16, 18, 20, 26, 36, 40, 52.

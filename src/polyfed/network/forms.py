@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
+from polyfed.core import wire
 from polyfed.core.algorithm import Task
-from polyfed.core.errors import MalformedError, PeerError, UsageError
+from polyfed.core.errors import MalformedError, PeerError, SpecError, UsageError
 from polyfed.core.manifest import from_json, from_values, to_json
-from polyfed.core.tree import Tree
+from polyfed.core.message import Message
+from polyfed.core.tree import Entry, Spec, Tree
 
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 RECEIPT: Final = re.compile(r"[0-9]{1,12}(?:\.[0-9]{1,12}){2}")
@@ -74,6 +76,7 @@ class Enrolment:
         values: its classes, distinct and sorted; () for numbers that are no classes.
         frozen: prefixes of what it never trains.
         joins_at, away: the round from which it takes part, and those in which it does not.
+        columns: 32 hex digits each, of its columns' names sorted and in its own order; "" where they have no names.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Enrolment:
     frozen: tuple[str, ...] = ()
     joins_at: int = 1
     away: tuple[int, ...] = ()
+    columns: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -98,6 +102,8 @@ class Enrolment:
             raise MalformedError(f"the classes of a target of {self.target} are each a {wanted.__name__}")
         if len(self.shape) > 1 or any(not 1 <= size <= 1 << 16 for size in self.shape):
             raise MalformedError(f"a row's target of shape {list(self.shape)}; it is one value or a short row of them")
+        if any(not re.fullmatch(r"[0-9a-f]{32}|", digest) for digest in self.columns):
+            raise MalformedError("columns are named by two digests of 32 hexadecimal digits")
         if min((self.joins_at, *self.away)) < 1:
             raise MalformedError("joins_at and away hold a round below 1; rounds count from 1")
 
@@ -106,13 +112,53 @@ class Enrolment:
         return round_num >= self.joins_at and round_num not in self.away
 
 
+_ENTRY = re.compile(r"(.+) ([a-z0-9_]{1,16}) \[((?:[0-9]{1,15}(?:, [0-9]{1,15})*)?)\]")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the clients of one group start.
+
+    Attributes:
+        given: values of what the algorithm needs at the server (`Algorithm.offered`).
+        whole: names, dtypes and shapes of the whole first state.
+    """
+
+    given: Tree
+    whole: Spec
+
+    @classmethod
+    def of(cls, message: Message) -> Start:
+        """What `message` wrote; `MalformedError` for anything else. Takes no memory for what is only named."""
+        if list(message.trees) != ["first"] or list(message.text) != ["whole"] or message.numbers:
+            raise MalformedError("a first state is one tree, first, and the text that names its entries")
+        given, entries = message.trees["first"], dict[str, Entry]()
+        for line in message.text["whole"]:
+            if (found := _ENTRY.fullmatch(line)) is None or len(found[3].split(", ")) > 64:
+                raise MalformedError(f"{printable(line[:80])!r} is no name, dtype and shape of an entry")
+            shape = tuple(int(size) for size in found[3].split(", ") if size)
+            entries[wire.check_name(found[1])] = Entry(found[2], shape)
+        try:
+            whole = Spec(entries)
+        except SpecError as error:
+            raise MalformedError(str(error)) from error
+        if given.spec != whole.select(lambda name: name in given):
+            raise MalformedError("the values of a first state are not those of the entries that it names")
+        return cls(given, whole)
+
+    @property
+    def message(self) -> Message:
+        entries = tuple(f"{name} {entry.dtype} {list(entry.shape)}" for name, entry in self.whole.items())
+        return Message({"first": self.given}, text={"whole": entries})
+
+
 @dataclass(frozen=True)
 class Recalled:
     """A run before its first round: who takes part, each one's group, and from where each group starts."""
 
     enrolments: tuple[Enrolment, ...]
     groups: Mapping[str, str]
-    first: Mapping[str, Tree]
+    first: Mapping[str, Start]
 
 
 @dataclass(frozen=True)

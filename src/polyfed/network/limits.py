@@ -31,6 +31,7 @@ class NetworkLimits:
         linger_seconds: how long what is left of a refused body is read and dropped, so that its sender sees the answer.
         poll_seconds: the longest wait of one poll.
         retry_seconds: what a server that is full asks its clients to wait.
+        trials: how often a client may ask to join a run that goes on with a model that does not fit it.
     """
 
     message: wire.Limits = field(default_factory=wire.Limits)
@@ -48,6 +49,7 @@ class NetworkLimits:
     linger_seconds: float = 2.0
     poll_seconds: float = LONGEST_POLL
     retry_seconds: float = 1.0
+    trials: int = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.poll_seconds <= LONGEST_POLL:

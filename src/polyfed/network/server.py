@@ -4,7 +4,7 @@
     GET  /manifest?wait=25    the run as data, once all clients are enrolled; 204 until then
     POST /ready               the manifest is accepted
     GET  /next?wait=25        an offer: a task and its message's digest; 204 if there is none yet
-    PUT  /start               the first state of a group, from the client that was asked for it
+    PUT  /start               of a group's first state what the algorithm needs, from the client that was asked for it
     GET  /blob/DIGEST         a message: immutable, with ETag and Range
     PUT  /upload/RECEIPT      the answer to a task, in the wire format; answers with the verdict
     GET  /receipt/RECEIPT     the verdict once more
@@ -52,10 +52,10 @@ from polyfed.core.events import (
 )
 from polyfed.core.manifest import Manifest
 from polyfed.core.message import Message
-from polyfed.core.tree import Spec, Tree, aligned
+from polyfed.core.tree import Spec, aligned
 from polyfed.network import forms
 from polyfed.network.bodies import SMALL, Blob, Inbox, Shelf
-from polyfed.network.forms import DeniedError, Enrolment, Offer, Recalled
+from polyfed.network.forms import DeniedError, Enrolment, Offer, Recalled, Start
 from polyfed.network.identity import Identities
 from polyfed.network.limits import DEFAULT, NetworkLimits
 
@@ -78,8 +78,12 @@ class Host(Protocol):
         """The manifest and the public rows, once all clients are there; raises `PolyfedError` where they do not fit."""
         ...
 
+    def offered(self, whole: Spec) -> Spec:
+        """Those entries of a first state whose values the server takes, and no others."""
+        ...
+
     def assemble(
-        self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
+        self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Start]
     ) -> Coordinator:
         """The coordinator that begins from these first states, or comes back where there is a journal of it."""
         ...
@@ -89,14 +93,14 @@ class Host(Protocol):
         coordinator: Coordinator,
         enrolments: Mapping[str, Enrolment],
         groups: Mapping[str, str],
-        first: Mapping[str, Tree],
+        first: Mapping[str, Start],
         *,
         is_trial: bool = False,
     ) -> None:
-        """Makes the run one of these clients, of whom some are new; a trial changes nothing.
+        """Makes the run one of these clients, of whom some are new; a trial changes nothing, and may run in a thread.
 
         Raises:
-            PolyfedError: the first state of a new group does not fit the run.
+            PolyfedError: a new client's model does not fit the run.
         """
         ...
 
@@ -114,6 +118,8 @@ class _Presence:
     group: str = ""
     spec: str = ""
     has_left: bool = False
+    trials: int = 0
+    refusal: str = ""
 
 
 class Server:
@@ -152,7 +158,7 @@ class Server:
         self._address = address
         self._clients: dict[str, _Presence] = {}
         self._counted: set[str] = set()
-        self._starts: dict[str, Tree] = {}
+        self._starts: dict[str, Start] = {}
         self._off: Exception | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake: asyncio.TimerHandle | None = None
@@ -276,18 +282,29 @@ class Server:
         assert self.coordinator is not None
         there, everybody = set(self.coordinator.state.population), self._everybody()
         ready = {name: c for name, c in everybody.items() if c.group in self._starts and not c.has_left}
-        if new := [name for name in ready if name not in self.coordinator.federation.groups]:
-            self._admit([*self.coordinator.federation.groups, *new])
+        for name in [name for name in ready if name not in self.coordinator.federation.groups]:
+            try:
+                self._admit(name, is_trial=True)
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is this client's alone
+                self._send_away(name, error)
+                del ready[name]
+            else:
+                self._admit(name)
         for name in everybody:
             present = name in ready and self._enrolments()[name].is_present(round_num)
             if present != (name in there):
                 self._handle(Joined(self.now, name) if present else Left(self.now, name))
 
-    def _admit(self, names: Sequence[str], *, is_trial: bool = False) -> None:
+    def _admit(self, client: str, *, is_trial: bool = False) -> None:
+        self.host.admit(*self._with(client, self._starts), is_trial=is_trial)
+
+    def _with(self, client: str, starts: Mapping[str, Start]) -> Any:
+        """What the host is told of a run with one client more."""
         assert self.coordinator is not None
-        said, groups = self._enrolments(), {name: self._clients[name].group for name in names}
-        first = {group: self._starts[group] for group in dict.fromkeys(groups.values())}
-        self.host.admit(self.coordinator, {name: said[name] for name in names}, groups, first, is_trial=is_trial)
+        said, names = self._enrolments(), [*self.coordinator.federation.groups, client]
+        groups = {name: self._clients[name].group for name in names}
+        first = {group: starts[group] for group in dict.fromkeys(groups.values())}
+        return self.coordinator, {name: said[name] for name in names}, groups, first
 
     def _spawn(self, work: Awaitable[None]) -> None:
         async def guarded() -> None:
@@ -431,7 +448,9 @@ class Server:
         me = self._clients[client]
         if me.group and me.spec != ready.spec:
             raise DeniedError(409, f"{client} has another model than the one with which it is known in this run")
-        me.spec = ready.spec
+        if me.trials >= self.limits.trials:
+            raise DeniedError(403, f"{client} was tried {me.trials} times in this run and did not fit it")
+        me.spec, me.refusal = ready.spec, ""
         if client in self.identities.latecomers:
             self._group_late(client)
         elif not me.group and self.identities.is_complete and all(c.spec for c in self._ordered().values()):
@@ -483,29 +502,52 @@ class Server:
             if not self._gives_start(client):
                 raise DeniedError(409, f"{client} is not asked for a first state")
             with self.inbox.room(client, size):
-                message = await self._message(request, size, None)
-            self._still_on(client)
-            if list(message.trees) != ["first"] or message.trees["first"].spec.digest != self._clients[client].spec:
-                raise DeniedError(422, "this is not the first state whose spec was announced")
-            if not message.trees["first"].is_finite():
-                raise DeniedError(422, "the first state is not finite")
-            self._starts.setdefault(self._clients[client].group, message.trees["first"])
-            if self.coordinator is not None:
-                self._try_on(client)
+                start = Start.of(await self._message(request, size, None))
+                self._still_on(client)
+                self._check_first(client, start)
+                if self.coordinator is not None:
+                    await self._try_on(client, start)
+            if self._gives_start(client):
+                self._starts[self._clients[client].group] = start
             self._begin_if_due()
         return web.Response(status=204)
 
-    def _try_on(self, client: str) -> None:
-        """Sends a newcomer away whose model does not fit the run, before it could do harm."""
-        assert self.coordinator is not None
+    def _check_first(self, client: str, start: Start) -> None:
+        """That it is what was announced, and no more of it than the algorithm needs."""
+        if start.whole.digest != self._clients[client].spec:
+            raise DeniedError(422, "this is not the first state whose spec was announced")
+        if start.whole.num_bytes > self.limits.message.max_bytes:
+            raise DeniedError(
+                413, f"a model of {start.whole.num_bytes} bytes; {self.limits.message.max_bytes} are allowed"
+            )
+        if difference := start.given.spec.difference(self.host.offered(start.whole)):
+            raise DeniedError(422, f"this is not the part of the first state that the server needs: {difference}")
+        if not start.given.is_finite():
+            raise DeniedError(422, "the first state is not finite")
+
+    async def _try_on(self, client: str, start: Start) -> None:
+        """Sends a newcomer away whose model does not fit the run, before it could do harm; others are served meanwhile."""
+        run = self._with(client, {**self._starts, self._clients[client].group: start})
         try:
-            self._admit([*self.coordinator.federation.groups, client], is_trial=True)
-        except PolyfedError as error:
-            me = self._clients[client]
+            await asyncio.to_thread(self.host.admit, *run, is_trial=True)
+        except Exception as error:  # whatever it is, it is this client's alone
+            raise DeniedError(422, self._send_away(client, error)) from error
+
+    def _send_away(self, client: str, error: Exception) -> str:
+        """A newcomer that does not fit is out, as if it had never come; returns what it is told."""
+        if not isinstance(error, PolyfedError):
+            _LOG.error("%s could not be admitted", client, exc_info=error)
+        said = (
+            str(error) if isinstance(error, PolyfedError) else f"its model fails at the server ({type(error).__name__})"
+        )
+        me = self._clients[client]
+        me.refusal, me.trials = f"{client} cannot join this run: {said}", me.trials + 1
+        if all(name == client or c.group != me.group for name, c in self._everybody().items()):
             self._starts.pop(me.group, None)
-            me.group, me.has_left = "", True
-            self._over_if_alone()
-            raise DeniedError(422, f"{client} cannot join this run: {error}") from error
+        me.group, me.has_left = "", True
+        me.news.set()
+        self._over_if_alone()
+        return me.refusal
 
     def _begin_if_due(self) -> None:
         clients = self._ordered()
@@ -514,7 +556,7 @@ class Server:
         if self.coordinator is None and self._starts.keys() >= order.keys():
             self._guarded(lambda: self._begin(groups, {group: self._starts[group] for group in order}))
 
-    def _begin(self, groups: Mapping[str, str], first: Mapping[str, Tree]) -> None:
+    def _begin(self, groups: Mapping[str, str], first: Mapping[str, Start]) -> None:
         said = self._enrolments()
         coordinator = self.host.assemble({name: said[name] for name in groups}, groups, first)
         coordinator.trace = [] if self.trace else None
@@ -536,7 +578,7 @@ class Server:
             return
         self.identities.restore(recalled.enrolments)
         for name, group in recalled.groups.items():
-            spec = recalled.first[group].spec.digest
+            spec = recalled.first[group].whole.digest
             self._clients[name] = _Presence(asyncio.Event(), {}, group, spec)
         self._agree()
         assert self.manifest is not None
@@ -559,6 +601,9 @@ class Server:
     async def _offer(self, client: str) -> Offer | None:
         self._still_on(client)
         me = self._clients[client]
+        if me.refusal:
+            me.has_left = True
+            raise DeniedError(422, me.refusal)
         if self.finish is None and self._gives_start(client):
             return Offer(group=me.group)
         if self.coordinator is None:

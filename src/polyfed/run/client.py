@@ -19,7 +19,7 @@ from polyfed.core.errors import DataError, MissingExtraError, NeedsError, Polyfe
 from polyfed.core.message import Memory, Message, State
 from polyfed.core.protocols import Model, Site
 from polyfed.core.rows import Problem
-from polyfed.core.tree import Array, Tree, is_under, part_of
+from polyfed.core.tree import Array, Spec, Tree, is_under, part_of
 from polyfed.data import Parts, Prepared, Raw, Split
 from polyfed.data.table import is_frame
 
@@ -212,7 +212,7 @@ def populate(algorithm: Algorithm, clients: Iterable[Client], *, seed: int, task
     public = public_rows(algorithm, raws, parts)
     if public is not None:
         _without_target(public, by_name, raws)
-        public = _ordered_as(next(iter(raws.values())), public)
+        public = ordered_as(next(iter(raws.values())), public)
         is_given = getattr(algorithm, "public", None) is not None
         for name, client in by_name.items():
             tables.check_public_apart(
@@ -232,7 +232,7 @@ def populate(algorithm: Algorithm, clients: Iterable[Client], *, seed: int, task
     first, given = _first(algorithm, sites, seed)
     notes = [
         note
-        for names in _averaged_together(algorithm, groups, first)
+        for names in averaged_together(algorithm, groups, first)
         for note in _preprocessing_notes(algorithm, {n: raws[n] for n in names}, {n: prepared[n] for n in names})
     ]
     for note in notes:
@@ -247,14 +247,14 @@ def in_one_order(raws: Mapping[str, Raw]) -> tuple[dict[str, Raw], list[str]]:
     Only where the sets of columns are equal: a column means the same everywhere by its name, never by its place.
     """
     model = next(iter(raws.values()))
-    ordered = {name: _ordered_as(model, raw) for name, raw in raws.items()}
+    ordered = {name: ordered_as(model, raw) for name, raw in raws.items()}
     moved = [name for name, raw in raws.items() if ordered[name] is not raw]
     if not moved:
         return ordered, []
     return ordered, [f"columns of {', '.join(moved)} were put into the order of {next(iter(raws))}"]
 
 
-def _ordered_as(model: Raw, raw: Raw) -> Raw:
+def ordered_as(model: Raw, raw: Raw) -> Raw:
     """`raw` itself where nothing has to move."""
     inputs = {key: _frame_as(model.inputs.get(key), value) for key, value in raw.inputs.items()}
     return replace(raw, inputs=inputs) if any(inputs[key] is not raw.inputs[key] for key in inputs) else raw
@@ -471,10 +471,15 @@ def _groups(clients: Mapping[str, Client]) -> dict[str, str]:
 
 def check_needs(algorithm: Algorithm, sites: Mapping[str, Site]) -> None:
     """Raises `NeedsError`, one sentence a client, where an algorithm asks for what a client's model does not offer."""
+    check_offers(algorithm, {site.name: (site.model.kind, site.offers) for site in sites.values()})
+
+
+def check_offers(algorithm: Algorithm, clients: Mapping[str, tuple[str, frozenset[str]]]) -> None:
+    """As `check_needs`; of each client the kind of its model and what it offers."""
     said = [
-        f"{site.name} ({site.model.kind}) {_lacks(missing, algorithm)}"
-        for site in sites.values()
-        if (missing := algorithm.needs.missing(site.offers))
+        f"{name} ({kind}) {_lacks(missing, algorithm)}"
+        for name, (kind, offers) in clients.items()
+        if (missing := algorithm.needs.missing(offers))
     ]
     if said:
         raise NeedsError("\n".join(said))
@@ -513,7 +518,8 @@ def _first(algorithm: Algorithm, sites: Mapping[str, Site], seed: int) -> tuple[
                 first[site.group] = site.model.first(site.train, first_env(site, seed))
     given = _given(algorithm, sites, first, seed)
     if given is not None:
-        return laid_over(first, given), dict.fromkeys(fitting(given, first), given)
+        fits = fitting(given, {group: tree.spec for group, tree in first.items()})
+        return laid_over(first, given, fits), dict.fromkeys(fits, given)
     return first, {}
 
 
@@ -535,7 +541,8 @@ def trainers_of(algorithm: Algorithm, population: Population, *, seed: int) -> d
     if algorithm.trains_groups:
         from polyfed.run.trainers import matched  # it imports this module
 
-        models |= matched(algorithm, population.first, population.public, population.problem, seed=seed)
+        specs = {group: tree.spec for group, tree in population.first.items()}
+        models |= matched(algorithm, specs, population.public, population.problem, seed=seed)
         for site in population.sites.values():
             models.setdefault(site.group, site.model)
     return public_sites(models, algorithm, population.public, population.problem, seed=seed)
@@ -568,19 +575,21 @@ def first_env(site: Site, seed: int) -> Env:
     return Env(seed=seed, problem=site.problem, public=site.public, train=site.train, group=site.group)
 
 
-def fitting(given: Tree, first: Mapping[str, Tree]) -> list[str]:
+def fitting(given: Tree, specs: Mapping[str, Spec]) -> list[str]:
     """The groups whose models have all entries of a given state, in its shapes; raises `SpecError` where none has."""
-    fits = [group for group, tree in first.items() if all(tree.spec.get(n) == given.spec[n] for n in given)]
+    fits = [group for group, spec in specs.items() if all(spec.get(n) == given.spec[n] for n in given)]
     if not fits:
-        name, tree = next(iter(first.items()))
-        raise SpecError(f"the state to start from does not fit {name}: {given.spec.difference(tree.spec)}")
+        name, spec = next(iter(specs.items()))
+        raise SpecError(f"the state to start from does not fit {name}: {given.spec.difference(spec)}")
     return fits
 
 
-def laid_over(first: Mapping[str, Tree], given: Tree) -> dict[str, Tree]:
-    """Each group's first state with the given one over it where it fits; those first, as what is shared begins there."""
-    fits = fitting(given, first)
-    return {group: first[group].overlay(given) for group in fits} | {
+def laid_over(first: Mapping[str, Tree], given: Tree, fits: Sequence[str]) -> dict[str, Tree]:
+    """Each group's first state, or a part of it, with the given one over it where it fits.
+
+    Those that it fits come first, as what is shared begins there.
+    """
+    return {group: first[group].overlay(given.only(first[group])) for group in fits} | {
         group: tree for group, tree in first.items() if group not in fits
     }
 
@@ -597,14 +606,7 @@ def _given(algorithm: Algorithm, sites: Mapping[str, Site], first: Mapping[str, 
     return model.first(site.train, first_env(site, seed))
 
 
-def _preprocessing_notes(
-    algorithm: Algorithm, raws: Mapping[str, Raw], prepared: Mapping[str, Prepared]
-) -> tuple[str, ...]:
-    """A sentence where parameters of these clients are averaged although their inputs mean different things."""
-    kinds = {name: made.preprocess for name, made in prepared.items()}
-    columns = {name: _columns_of(raw) for name, raw in raws.items()}
-    features = {name: _features_of(made) for name, made in prepared.items()}
-def _averaged_together(algorithm: Algorithm, groups: Mapping[str, str], first: Mapping[str, Tree]) -> list[list[str]]:
+def averaged_together(algorithm: Algorithm, groups: Mapping[str, str], first: Mapping[str, Tree]) -> list[list[str]]:
     """The clients whose parameters go into one mean: all who share any, or those of each group for themselves."""
     shares = {g: any(part_of(name) == "params" for name in algorithm.offered(tree.spec)) for g, tree in first.items()}
     means: dict[str, list[str]] = defaultdict(list)
@@ -614,6 +616,13 @@ def _averaged_together(algorithm: Algorithm, groups: Mapping[str, str], first: M
     return list(means.values())
 
 
+def _preprocessing_notes(
+    algorithm: Algorithm, raws: Mapping[str, Raw], prepared: Mapping[str, Prepared]
+) -> tuple[str, ...]:
+    """A sentence where parameters of these clients are averaged although their inputs mean different things."""
+    kinds = {name: made.preprocess for name, made in prepared.items()}
+    columns = {name: _columns_of(raw) for name, raw in raws.items()}
+    features = {name: _features_of(made) for name, made in prepared.items()}
     said = _differing_columns(columns)
     if len(set(kinds.values())) > 1:
         said.append(f"that preprocess differently ({_by_value(kinds)})")

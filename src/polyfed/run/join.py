@@ -16,22 +16,32 @@ from typing import Any
 import numpy as np
 
 from polyfed import data as tables
-from polyfed.algorithms import REGISTRY
+from polyfed.algorithms import REGISTRY, FedAvg
 from polyfed.core.algorithm import Algorithm, Task
-from polyfed.core.errors import ClientError, CorruptError, PeerError, PolyfedError, RunError, StorageError, UsageError
+from polyfed.core.errors import (
+    ClientError,
+    CorruptError,
+    NeedsError,
+    PeerError,
+    PolyfedError,
+    RunError,
+    StorageError,
+    UsageError,
+)
 from polyfed.core.manifest import Manifest
 from polyfed.core.memory import ClientMemory
 from polyfed.core.message import Memory, Message
 from polyfed.core.protocols import Job, Site
 from polyfed.core.records import ACCEPTED
-from polyfed.core.tree import Array, Tree
+from polyfed.core.tree import Array, Spec, Tree
 from polyfed.core.work import perform, personal
 from polyfed.data.problem import MOST_CLASSES
 from polyfed.data.split import check_labels
 from polyfed.network.client import Link
-from polyfed.network.forms import RECEIPT, DeniedError, Enrolment, Offer, printable, task_of
+from polyfed.network.forms import RECEIPT, DeniedError, Enrolment, Offer, Start, printable, task_of
 from polyfed.network.limits import DEFAULT, NetworkLimits
-from polyfed.run.client import Client, check_needs, first_env, site_of
+from polyfed.run.client import Client, check_needs, first_env, ordered_as, site_of
+from polyfed.run.columns import digests_of
 from polyfed.storage.memories import FileMemories
 
 Confirm = Callable[[Manifest], bool | str]
@@ -112,12 +122,13 @@ def join(
     notebook = Notebook.open(memory, client.name)
     link = Link(url, limits=limits, patience=patience)
     try:
-        link.enrol(introduction(client, raw.target, notebook.ticket))
+        link.enrol(replace(introduction(client, raw.target, notebook.ticket), columns=digests_of(raw)))
         manifest = _manifest(link)
         try:
             algorithm = accepted(manifest, allow, confirm, show)
             site = prepared_site(client, raw, manifest, algorithm, link)
             first = site.model.first(site.train, first_env(site, manifest.seed))
+            _check_first(algorithm, site, first.spec)
         except PolyfedError as error:
             link.leave(f"{client.name} refuses: {error}")
             raise
@@ -194,7 +205,7 @@ def accepted(
 
 def prepared_site(client: Client, raw: tables.Raw, manifest: Manifest, algorithm: Algorithm, link: Link) -> Site:
     """The client's rows after its own preprocessing, the public ones included; checks what the algorithm needs."""
-    public = tables.from_message(link.blob(manifest.public)) if manifest.public else None
+    public = ordered_as(raw, tables.from_message(link.blob(manifest.public))) if manifest.public else None
     parts = tables.divide(client.name, raw, client.split, seed=manifest.seed)
     if public is not None:
         may_overlap = "overlap" in client.consents
@@ -205,6 +216,17 @@ def prepared_site(client: Client, raw: tables.Raw, manifest: Manifest, algorithm
     site = site_of(client, prepared, manifest.problem, "", manifest.seed)
     check_needs(algorithm, {client.name: site})
     return site
+
+
+def _check_first(algorithm: Algorithm, site: Site, state: Spec) -> None:
+    """That the client has agreed where the run may take first values of its personal part (`FedBABU`'s one head)."""
+    personal = algorithm.personal_spec(state) if isinstance(algorithm, FedAvg) else {}
+    taken = [name for name in algorithm.offered(state) if name in personal]
+    if taken and "personal" not in site.consents:
+        raise NeedsError(
+            f"{site.name}: {algorithm.name} may take the first values of {min(taken)!r} from this client and hand them to all, "
+            'and it has not agreed that its personal part leaves it (pf.Client(..., consents="personal"))'
+        )
 
 
 # ---------------------------------------------------------------------------------------------- rounds
@@ -227,7 +249,8 @@ class _Worker:
             if offer is None:
                 continue
             if offer.task is None:
-                self.link.start(Message({"first": self.first}))
+                needed = self.first.only(self.algorithm.offered(self.first.spec))
+                self.link.start(Start(needed, self.first.spec).message)
             elif offer.task.get("kind") == "finish":
                 if (joined := self._finish(offer)) is not None:
                     return joined

@@ -32,11 +32,11 @@ from polyfed.core.round import Rules
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.schedule import Schedule, Sync
 from polyfed.core.stop import Rounds, Stop
-from polyfed.core.tree import Array, Tree
+from polyfed.core.tree import Array, Spec, Tree
 from polyfed.data import Raw
-from polyfed.network.forms import Enrolment, Recalled
+from polyfed.network.forms import Enrolment, Recalled, Start
 from polyfed.network.limits import DEFAULT, NetworkLimits
-from polyfed.run.client import fitting, laid_over, naming_groups, start_of, used_start
+from polyfed.run.client import check_offers, fitting, laid_over, naming_groups, start_of, used_start
 from polyfed.run.student import student_of
 from polyfed.run.trainers import check_trainers, given_to_train, trainers_at_server
 from polyfed.storage.blobs import FileBlobs
@@ -101,7 +101,10 @@ class Host:
         evaluate_every: int,
         test: bool,
         journal: str | Path | None,
+        others_may_come: bool = False,
     ) -> None:
+        self.others_may_come = others_may_come
+        self._made: dict[tuple[str, ...], dict[str, Site]] = {}
         self.folder = None if journal is None else Path(journal)
         self.algorithm = _with_public(algorithm, public)
         check_trainers(self.algorithm)
@@ -123,11 +126,16 @@ class Host:
         rows = None if public is None else tables.to_message(public)
         return Manifest.of(self.algorithm, self.problem, seed=self.rules.seed, rounds=self.limit), rows
 
+    def offered(self, whole: Spec) -> Spec:
+        names = self.algorithm.offered(whole)
+        return whole.select(lambda name: name in names)
+
     def assemble(
-        self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
+        self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Start]
     ) -> Coordinator:
-        federation = self._federation(enrolments, groups, first)
-        self._check_start(federation, first)
+        self._check_offers(enrolments)
+        federation = self._federation(enrolments, groups, first, self._trainers(enrolments, groups, first))
+        self._check_start(federation)
         if self.folder is None:
             return Coordinator(federation)
         self._write_down(enrolments, groups, first)
@@ -136,26 +144,44 @@ class Host:
             return Coordinator.resume(federation, journal, blobs)
         return Coordinator(federation, journal=journal, blobs=blobs)
 
-    def _check_start(self, federation: Federation, first: Mapping[str, Tree]) -> None:
+    def _check_offers(self, enrolments: Mapping[str, Enrolment]) -> None:
+        """What models lack; whether a client has public rows, and what it consents to, it checks by itself."""
+        own = {"public", "personal"}
+        check_offers(self.algorithm, {n: (e.kind, frozenset(e.offers) | own) for n, e in enrolments.items()})
+
+    def _check_start(self, federation: Federation) -> None:
         """That the groups go together, and a warning of what ``initial=`` or ``model=`` gives in vain."""
         given = self._given(federation.problem)
-        if given is None and len(first) == 1:
+        if given is None and len(federation.specs) == 1:
             return
         with naming_groups(federation.groups):
             start = self.algorithm.init(federation.env(0, len(federation.groups)))
         if given is not None:
-            for note in used_start(self.algorithm, given, start, first, fitting(given, first))[1]:
+            for note in used_start(self.algorithm, given, start, federation.specs, fitting(given, federation.specs))[1]:
                 warnings.warn(note, stacklevel=2)
 
     def _trainers(
-        self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
+        self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Start]
     ) -> dict[str, Site]:
+        """Made once for each set of groups: they are the same whoever comes, and cost a preparation of all public rows."""
         assert self.problem is not None
         learners: dict[str, str] = {}
         for name, enrolment in enrolments.items():
             if "terms" in enrolment.offers:
                 learners.setdefault(groups[name], name)
-        return trainers_at_server(self.algorithm, first, learners, self._public(), self.problem, seed=self.rules.seed)
+        key = (*first, "", *sorted(learners)) if self.algorithm.trains_groups else ()
+        if key not in self._made:
+            made = trainers_at_server(
+                self.algorithm,
+                {group: start.whole for group, start in first.items()},
+                learners,
+                self._public(),
+                self.problem,
+                seed=self.rules.seed,
+                others_may_come=self.others_may_come,
+            )
+            self._made = {**dict(list(self._made.items())[-1:]), key: made}  # those of the run, and of a trial
+        return self._made[key]
 
     def _public(self) -> Raw | None:
         """The public rows, raw, if the job gives them."""
@@ -163,20 +189,28 @@ class Host:
         return None if public is None else tables.read("public", public, labelled=False).unlabelled()
 
     def _federation(
-        self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
+        self,
+        enrolments: Mapping[str, Enrolment],
+        groups: Mapping[str, str],
+        first: Mapping[str, Start],
+        trainers: Mapping[str, Site],
     ) -> Federation:
         assert self.problem is not None
         given = self._given(self.problem)
-        starts = dict(first) if given is None else laid_over(first, given)
+        starts = {group: start.given for group, start in first.items()}
+        specs = {group: start.whole for group, start in first.items()}
+        if given is not None:
+            starts = laid_over(starts, given, fitting(given, specs))
         return Federation(
             algorithm=self.algorithm,
             problem=self.problem,
             rules=self.rules,
             stop=self.stop,
             first=starts,
+            specs=specs,
             groups=groups,
             frozen={name: enrolment.frozen for name, enrolment in enrolments.items() if enrolment.frozen},
-            trainers=self._trainers(enrolments, groups, starts),
+            trainers=trainers,
             policy=self.policy,
         )
 
@@ -185,21 +219,44 @@ class Host:
         coordinator: Coordinator,
         enrolments: Mapping[str, Enrolment],
         groups: Mapping[str, str],
-        first: Mapping[str, Tree],
+        first: Mapping[str, Start],
         *,
         is_trial: bool = False,
     ) -> None:
-        federation = self._federation(enrolments, groups, first)
-        if first.keys() - coordinator.federation.first.keys():  # whether they go together is the algorithm's to say
-            self.algorithm.init(federation.env(0, len(groups)))
+        known = coordinator.federation
+        self._check_offers({name: said for name, said in enrolments.items() if name not in known.groups})
+        federation = self._federation(enrolments, groups, first, known.trainers)
+        if new := [group for group in first if group not in known.first]:
+            self._check_new(new, federation, coordinator.final)
+        federation = replace(federation, trainers=self._trainers(enrolments, groups, first))
         if is_trial:
+            self._try(federation, coordinator)
             return
         if self.folder is not None:
             self._write_down(enrolments, groups, first)
         coordinator.federation = federation
 
+    def _check_new(self, new: Sequence[str], federation: Federation, state: State) -> None:
+        """That a run which goes on can take groups up: they go together, and its state has all that they start from.
+
+        Raises:
+            UsageError: the algorithm keeps something of each group from the start, and of these it has nothing.
+        """
+        begun = self.algorithm.init(federation.env(0, len(federation.groups)))
+        if lacking := sorted(begun.trees.keys() - state.trees.keys()):
+            raise UsageError(
+                f"{self.algorithm.name} keeps {lacking[0]} for {' and '.join(new)}, and this run began without it; a run "
+                f"of {self.algorithm.name} begins with a client of each architecture"
+            )
+
+    def _try(self, federation: Federation, coordinator: Coordinator) -> None:
+        """What the server does for a client in a round, for those that are new."""
+        for name in federation.groups.keys() - coordinator.federation.groups.keys():
+            env = federation.env(coordinator.state.round_num + 1, len(federation.groups), name)
+            self.algorithm.expects(self.algorithm.broadcast(coordinator.final, name, env), env)
+
     def _write_down(
-        self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Tree]
+        self, enrolments: Mapping[str, Enrolment], groups: Mapping[str, str], first: Mapping[str, Start]
     ) -> None:
         """Everything that a server must be told to go on where this one stops, before the first round."""
         assert self.folder is not None
@@ -209,7 +266,7 @@ class Host:
             "run": self._said(),
             "clients": [asdict(enrolment) for enrolment in enrolments.values()],
             "groups": dict(groups),
-            "first": {group: blobs.put(wire.to_bytes(Message({"first": tree}))) for group, tree in first.items()},
+            "first": {group: blobs.put(wire.to_bytes(start.message)) for group, start in first.items()},
         }
         text, part = json.dumps(said, sort_keys=True, indent=1), path.with_suffix(".part")
         try:
@@ -243,7 +300,7 @@ class Host:
         try:
             found = json.loads(path.read_text())
             enrolments = tuple(from_values(Enrolment, values, "a client") for values in found["clients"])
-            first = {group: wire.decode(blobs.get(digest)).trees["first"] for group, digest in found["first"].items()}
+            first = {group: Start.of(wire.decode(blobs.get(digest))) for group, digest in found["first"].items()}
             groups, run = dict(found["groups"]), found["run"]
         except (OSError, ValueError, KeyError, TypeError, PeerError) as error:
             raise CorruptError(f"{path} cannot be read back: {error}") from error
@@ -479,6 +536,7 @@ class _Serving:
             evaluate_every=evaluate_every,
             test=test,
             journal=journal,
+            others_may_come=bool(late),
         )
         self.server = server.Server(
             self.host,

@@ -9,15 +9,23 @@ from polyfed.core.algorithm import Algorithm
 from polyfed.core.errors import UsageError
 from polyfed.core.protocols import Model, Site
 from polyfed.core.rows import Problem
-from polyfed.core.tree import Spec, Tree, part_of
+from polyfed.core.tree import Spec, part_of
 from polyfed.data import Raw
 from polyfed.run.client import first_env, public_sites
 
 
 def matched(
-    algorithm: Algorithm, first: Mapping[str, Tree], public: Raw, problem: Problem, *, seed: int
+    algorithm: Algorithm,
+    specs: Mapping[str, Spec],
+    public: Raw,
+    problem: Problem,
+    *,
+    seed: int,
+    others_may_come: bool = False,
 ) -> dict[str, Model]:
     """Group -> the model of the algorithm's ``models=`` whose parameters and statistics have its names and shapes.
+
+    `specs` is that of each group's whole first state; with `others_may_come` a model may wait for a group.
 
     Raises:
         UsageError: one of `models` is no model, or fits no group.
@@ -25,13 +33,13 @@ def matched(
     given = _models(algorithm)
     found: dict[str, Model] = {}
     for name, site in public_sites(given, algorithm, public, problem, seed=seed).items() if given else ():
-        spec = _trained(site.model.first(site.train, first_env(site, seed)))
-        fits = [group for group, tree in first.items() if _trained(tree) == spec]
-        if not fits:
-            group, tree = next(iter(first.items()))
+        spec = _trained(site.model.first(site.train, first_env(site, seed)).spec)
+        fits = [group for group, whole in specs.items() if _trained(whole) == spec]
+        if not fits and not others_may_come:
+            group, whole = next(iter(specs.items()))
             raise UsageError(
                 f"{algorithm.name}: {name} ({site.model.kind}) fits no group of clients: {group}: "
-                f"{spec.difference(_trained(tree))}"
+                f"{spec.difference(_trained(whole))}"
             )
         for group in fits:
             found.setdefault(group, site.model)
@@ -49,23 +57,25 @@ def given_to_train(algorithm: Algorithm) -> dict[str, Model]:
     return {name: model for name, model in given.items() if isinstance(model, Model)}
 
 
-def _trained(state: Tree) -> Spec:
+def _trained(state: Spec) -> Spec:
     """Without buffers, which belong to an optimizer: the server's may be another one."""
-    return state.only([name for name in state if part_of(name) != "buffers"]).spec
+    return state.select(lambda name: part_of(name) != "buffers")
 
 
 def trainers_at_server(
     algorithm: Algorithm,
-    first: Mapping[str, Tree],
+    specs: Mapping[str, Spec],
     learners: Mapping[str, str],
     public: Raw | None,
     problem: Problem,
     *,
     seed: int,
+    others_may_come: bool = False,
 ) -> dict[str, Site]:
     """As `client.trainers_of`, at a server over the network, which has no client's model.
 
-    `first` is each group's first state, `learners` names one client of each group whose models learn by gradient.
+    `specs` is that of each group's whole first state, `learners` names one client of each group whose models learn by
+    gradient; with `others_may_come` a model in ``models=`` may wait for a group.
 
     Raises:
         UsageError: a group that learns has no model in ``models=``.
@@ -75,7 +85,7 @@ def trainers_at_server(
     if public is None or not (models or algorithm.trains_groups):
         return {}
     if algorithm.trains_groups:
-        models |= matched(algorithm, first, public, problem, seed=seed)
+        models |= matched(algorithm, specs, public, problem, seed=seed, others_may_come=others_may_come)
     for group, client in learners.items() if algorithm.trains_groups else ():
         if group not in models:
             raise UsageError(
