@@ -466,7 +466,9 @@ def i44_twice_the_same_clients_make_the_same_consensus():
 def i45_a_consensus_is_a_distribution():
     for average in ("probabilities", "logits"):
         algorithm = FedMD(sites_of()["north"].public, average=average)
-        soft = play(algorithm, sites_of(), rounds=2).state.trees["soft"]["public"]
+        played = play(algorithm, sites_of(), rounds=2)
+        assert len(played.uploads) == 3, "what clients said was refused"
+        soft = played.state.trees["soft"]["public"]
         assert soft.dtype == np.float32
         np.testing.assert_allclose(algorithm.teacher(soft, CLASSES).sum(-1), 1.0, rtol=1e-5)
 

@@ -273,8 +273,8 @@ def test_base_when_a_frozen_client_pulled_the_mean_would_be_noticed(monkeypatch)
     """A mutant: counts of one for everybody."""
     from polyfed.algorithms import fedavg
 
-    counts = fedavg._counts
-    monkeypatch.setattr(fedavg, "_counts", lambda spec, frozen: counts(spec, ("nothing",)))  # the mistake
+    counts = fedavg.counts_of
+    monkeypatch.setattr(fedavg, "counts_of", lambda spec, frozen: counts(spec, ("nothing",)))  # the mistake
     with pytest.raises(AssertionError):
         test_base_when_a_client_keeps_it_frozen_goes_as_if_that_client_were_not_there(pf.FedAvg(shared="base"), {})
 

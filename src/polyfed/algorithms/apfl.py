@@ -66,13 +66,13 @@ class APFL(Personal):
         alpha, own, w = self._alpha(memory), memory.trees.get("own"), message.trees["params"]
         if own is None or not alpha:
             return FedAvg.start(self, message, beside(message, memory))
-        return (*super().start(message, memory), mixed(alpha, own.like(w.spec), w))
+        return (*super().start(message, memory), mixed(alpha, _over(w, own), w))
 
     def personal(self, message: Message, memory: Memory, fitted: Fitted) -> Generator[Any, Any, Message]:
         alpha, own, w = self._alpha(memory), memory.trees.get("own"), message.trees["params"]
         if not alpha and own is None:
             return Message()
-        v = w if own is None else own.like(w.spec)
+        v = w if own is None else _over(w, own)
         if alpha:
             start = self.start(message, memory)
             fitted = yield Fit(start=start, terms=(Own(alpha * alpha),))
@@ -87,6 +87,11 @@ class APFL(Personal):
 
     def _alpha(self, memory: Memory) -> float:
         return memory.numbers.get("alpha", self.alpha)
+
+
+def _over(w: Tree, own: Tree) -> Tree:
+    """v: of a model that was given in part, as `pf.Client(start=)` allows, the rest is the shared one's."""
+    return w.overlay(own.only(w))
 
 
 def mixed(alpha: float, v: Tree, w: Tree) -> Tree:

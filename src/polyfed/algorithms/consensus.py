@@ -11,14 +11,19 @@ import numpy as np
 
 from polyfed.algorithms.fedavg import numbers_of
 from polyfed.algorithms.options import one_of, positive
-from polyfed.core.aggregate import Aggregate
+from polyfed.core.aggregate import Aggregate, UpdatePolicy
 from polyfed.core.algorithm import Algorithm, Env, Fit, Fitted, Predict
-from polyfed.core.errors import DataError, UsageError
+from polyfed.core.errors import DataError, RefusedError, UsageError
 from polyfed.core.message import Message
 from polyfed.core.metrics import no_logits
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.terms import Distill, Match, Term
 from polyfed.core.tree import Array, Entry, Spec, Tree
+
+#: how far an honest sum of a row may be from what it should be
+ROUNDING = 1e-5
+#: the size of a centred logit beyond which a model has diverged: softmax has no use for it
+LARGEST_LOGIT = 1e3
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,38 @@ class Consensus(Algorithm):
         spec = {"public": Entry("float32", (int(rows), problem.outputs))}
         return Spec(spec | ({"weight": Entry("float32", (int(rows), 1))} if self.weighting == "entropy" else {}))
 
+    def check(self, sent: Message, update: Message, env: Env, policy: UpdatePolicy) -> None:
+        """What is said of the public rows is in the range that `soft` makes, so that no client moves a mean by more.
+
+        Probabilities are at least 0 and a row's sum is 1, or its weight w; centred logits are at most 1000 in size,
+        times w; w is from 1/classes to 1, as ``certainty`` is. All to within 1e-5, far above float32's rounding (6e-8
+        of each value). Values of a regression have no range but the policy's.
+
+        Raises:
+            RefusedError: names the client, the tree and the first row that is not so.
+        """
+        del sent, policy
+        if not env.problem.is_classification:
+            return
+        classes, tree = env.problem.outputs, update.trees["soft"]
+        said = np.asarray(tree["public"], np.float64)
+        weight: Array = np.ones((len(said), 1))
+        if self.weighting == "entropy":
+            weight = np.asarray(tree["weight"], np.float64)
+            bad = (weight[:, 0] < 1.0 / classes - ROUNDING) | (weight[:, 0] > 1.0 + ROUNDING)
+            _refuse(env, "soft/weight", bad, weight, f"a row's weight is from 1/{classes} to 1")
+        elif self.weighting == "certainty":
+            sure = update.numbers.get("certainty", math.nan)
+            if not 1.0 / classes - ROUNDING <= sure <= 1.0 + ROUNDING:
+                raise RefusedError(env.client, "numbers/certainty", f"is {sure:g}; it is from 1/{classes} to 1")
+        if self.average == "logits":
+            bad = np.abs(said).max(-1) > LARGEST_LOGIT * weight[:, 0] * (1.0 + ROUNDING)
+            _refuse(env, "soft/public", bad, said, f"centred logits are at most {LARGEST_LOGIT:g} in size")
+            return
+        bad = (said.min(-1) < 0.0) | (np.abs(said.sum(-1) - weight[:, 0]) > ROUNDING)
+        total = "its weight" if self.weighting == "entropy" else "1"
+        _refuse(env, "soft/public", bad, said, f"probabilities are at least 0, and a row's sum is {total}")
+
     def weight(self, numbers: Mapping[str, float], lag: int, tree: str) -> float:
         if tree != "soft":
             return super().weight(numbers, lag, tree)  # a part that is shared besides counts by rows
@@ -165,6 +202,14 @@ class Consensus(Algorithm):
         if self.average == "logits":
             return softened(consensus, self.temperature * (self.sharpen or 1.0))
         return sharpened(consensus, self.sharpen) if self.sharpen else consensus
+
+
+def _refuse(env: Env, where: str, bad: Array, values: Array, wanted: str) -> None:
+    """Raises `RefusedError` for the first bad row, if there is one."""
+    if bad.any():
+        row = int(bad.argmax())
+        had = ", ".join(f"{value:.6g}" for value in values[row, :4])
+        raise RefusedError(env.client, where, f"row {row} is {had}{', ...' * (values.shape[1] > 4)}; {wanted}")
 
 
 def softened(logits: Array, temperature: float) -> Array:

@@ -122,7 +122,7 @@ class FedAvg(Algorithm):
         if "stats" in sent:
             trees["stats"] = moments_of(state.like(sent["stats"].spec), sent["stats"])
         if env.frozen:
-            trees |= {f"{name}#": _counts(tree.spec, env.frozen) for name, tree in trees.items()}
+            trees |= {f"{name}#": counts_of(tree.spec, env.frozen) for name, tree in trees.items()}
         return Message(trees=trees, numbers=numbers_of(fitted, env))
 
     def remember(self, memory: Memory, fitted: Fitted) -> Memory:
@@ -136,7 +136,7 @@ class FedAvg(Algorithm):
         if "stats" in trees:
             trees["stats"] = moments_spec(trees["stats"])
         if env.frozen:
-            trees |= {f"{name}#": _counts(spec, env.frozen).spec for name, spec in trees.items()}
+            trees |= {f"{name}#": counts_of(spec, env.frozen).spec for name, spec in trees.items()}
         return trees
 
     def weight(self, numbers: Mapping[str, float], lag: int, tree: str) -> float:
@@ -164,7 +164,7 @@ def numbers_of(fitted: Fitted, env: Env) -> dict[str, float]:
     return numbers | ({"loss": float(fitted.metrics["loss"])} if "loss" in fitted.metrics else {})
 
 
-def _counts(spec: Spec, frozen: tuple[str, ...]) -> Tree:
+def counts_of(spec: Spec, frozen: tuple[str, ...]) -> Tree:
     """Of each entry, whether a client's value of it counts: 0 for what it keeps frozen, 1 for the rest."""
     return Tree({name: np.float32(not is_under(name, frozen)) for name in spec})
 

@@ -7,12 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from polyfed.algorithms.consensus import Consensus, public_rows
-from polyfed.algorithms.fedavg import FedAvg
+from polyfed.algorithms.fedavg import FedAvg, counts_of
 from polyfed.algorithms.options import at_least, one_of, positive
-from polyfed.core.aggregate import Aggregate, moments_of, moments_spec, stats_of
+from polyfed.core.aggregate import Aggregate, UpdatePolicy, largest_step, moments_of, moments_spec, stats_of
 from polyfed.core.algorithm import Algorithm, ClientUpdate, Env, Fitted, Needs
-from polyfed.core.errors import UsageError
+from polyfed.core.errors import RefusedError, UsageError
 from polyfed.core.message import Memory, Message, State
 from polyfed.core.tree import Spec, Tree, part_of
 from polyfed.core.work import ask
@@ -47,7 +49,7 @@ class FedPer(FedAvg):
     Wire: as FedAvg; down also "head" (the default head of the client's own spec, once there is one) and, with
     "distill", number ``public_rows``. Up also, while there is feedback, "head.DIGEST" (personal parameters, and float64
     moments about zero of their statistics), or "soft" (see `Consensus`). State: "head.DIGEST" for each spec of a
-    personal part. Invariants: 1, 14, 16, 18-20, 26, 28, 36, 40, 52, 59.
+    personal part. With a frozen part also "head.DIGEST#", as FedAvg's counts. Invariants: 1, 14, 16, 18-20, 26, 28, 36, 40, 52, 59.
 
     Attributes:
         every: local passes between two exchanges, at least 1.
@@ -138,7 +140,8 @@ class FedPer(FedAvg):
         personal = fitted.state.only(self.personal_spec(fitted.state.spec))
         stats = personal.part("stats")
         moments = moments_of(stats, Tree.zeros(stats.spec))
-        return {head_name(personal.spec): Tree({**personal.part("params"), **moments})}
+        said, name = Tree({**personal.part("params"), **moments}), head_name(personal.spec)
+        return {name: said} | ({f"{name}#": counts_of(said.spec, env.frozen)} if env.frozen else {})
 
     def expects(self, sent: Message, env: Env) -> Mapping[str, Spec]:
         trees = dict(super().expects(sent, env))
@@ -149,9 +152,31 @@ class FedPer(FedAvg):
         spec = self.personal_spec(env.whole(env.group))
         stats = moments_spec(spec.select(lambda name: part_of(name) == "stats"))
         params = spec.select(lambda name: part_of(name) == "params")
-        return trees | {head_name(spec): Spec({**params, **stats})}
+        name, said = head_name(spec), Spec({**params, **stats})
+        return trees | {name: said} | ({f"{name}#": counts_of(said, env.frozen).spec} if env.frozen else {})
 
     # ---------------------------------------------------------------- the server
+
+    def check(self, sent: Message, update: Message, env: Env, policy: UpdatePolicy) -> None:
+        """What clients say of public rows is as `Consensus.check` has it; a head is no larger than a step may make it.
+
+        The unit is the default head that was sent, and the base where there is none yet: see `UpdatePolicy.max_growth`.
+
+        Raises:
+            RefusedError: names the client, the tree and the row, or the head's entry.
+        """
+        if "soft" in update.trees:
+            self._consensus.check(sent, update, env, policy)
+        unit = sent.trees.get("head", Tree()).part("params") or sent.trees["params"]
+        limit = largest_step(unit, policy)
+        for name in (name for name in update.trees if name.startswith(HEAD) and not name.endswith("#")):
+            for entry, values in update.trees[name].part("params").items():
+                if (size := float(np.abs(values.astype(np.float64)).max(initial=0.0))) > limit:
+                    raise RefusedError(env.client, f"{name}/{entry}", f"has {size:g}; at most {limit:g} is accepted")
+
+    def weight(self, numbers: Mapping[str, float], lag: int, tree: str) -> float:
+        """Predictions count as `Consensus` counts them; parameters as in FedAvg."""
+        return self._consensus.weight(numbers, lag, tree) if tree == "soft" else super().weight(numbers, lag, tree)
 
     def server_update(self, state: State, aggregate: Aggregate, env: Env) -> State:
         after = super().server_update(state, aggregate, env)
@@ -161,15 +186,16 @@ class FedPer(FedAvg):
         return after.put(trees=learned(after, aggregate, env))
 
     def _means(self, state: State, aggregate: Aggregate, env: Env) -> dict[str, Tree]:
-        """The mean head of each spec that was heard."""
-        del state
+        """The mean head of each spec that was heard; what all who were heard keep frozen stays as it was."""
         heads: dict[str, Tree] = {}
         for group in env.first:
             spec = self.personal_spec(env.whole(group))
             if (name := head_name(spec)) in aggregate.trees:
-                mean, zeros = aggregate.mean(name), Tree.zeros(spec).part("stats")
-                stats = stats_of(mean.part("stats"), zeros)
-                heads[name] = Tree({entry: (mean if entry not in stats else stats)[entry] for entry in spec})
+                mean = aggregate.mean(name)
+                moments = mean.part("stats")
+                stats = stats_of(moments, Tree.zeros(spec).only(moments))
+                known = {**state.trees.get(name, {}), **mean.part("params"), **stats}
+                heads[name] = Tree({entry: known[entry] for entry in spec if entry in known})
         return heads
 
     def _distilled(self, state: State, aggregate: Aggregate, env: Env) -> dict[str, Tree]:

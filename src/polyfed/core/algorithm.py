@@ -23,7 +23,7 @@ from polyfed.core.terms import Own, Term
 from polyfed.core.tree import Array, Spec, Tree, part_of
 
 if TYPE_CHECKING:
-    from polyfed.core.aggregate import Aggregate
+    from polyfed.core.aggregate import Aggregate, UpdatePolicy
     from polyfed.core.protocols import Site
 
 Kind = Literal["train", "evaluate", "query", "finish"]
@@ -281,6 +281,14 @@ class Algorithm:
         """Which trees an upload holds, exactly; by default those that were sent."""
         del env
         return {name: tree.spec for name, tree in sent.trees.items()}
+
+    def check(self, sent: Message, update: Message, env: Env, policy: UpdatePolicy) -> None:
+        """What an upload's values mean, once its trees have the expected specs and are finite; before it counts. Pure.
+
+        Raises:
+            RefusedError: a value that no honest client of this method sends. It leaves this client out of the round.
+        """
+        del sent, update, env, policy
 
     def receive(self, sent: Message, update: Message, env: Env) -> Message:
         """An upload after validation, before the fold: scatter a slice, factors to a product. Pure."""

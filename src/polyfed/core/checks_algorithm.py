@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from polyfed.core import wire
-from polyfed.core.aggregate import Fold, validate, weights_of
+from polyfed.core.aggregate import DEFAULT_POLICY, Fold, validate, weights_of
 from polyfed.core.algorithm import Algorithm, Env, Fit, Predict, Task
 from polyfed.core.errors import RefusedError, SpecError
 from polyfed.core.manifest import build, manifest_of
@@ -146,6 +146,7 @@ def _round(
         sent, upload, memory = work(algorithm, sites[name], played, env, position)
         try:
             update = validate(tamper(name, upload) if tamper else upload, algorithm.expects(sent, to), name)
+            algorithm.check(sent, update, to, DEFAULT_POLICY)
             received = algorithm.receive(sent, update, to)
             weights = weights_of(received, _weigh(algorithm, received), name)
         except RefusedError:
@@ -263,6 +264,7 @@ def update_is_expected(case: Case) -> None:
             sent, upload, _ = work(case.algorithm, site, played, env)
             try:
                 update = validate(upload, case.algorithm.expects(sent, env), name)
+                case.algorithm.check(sent, update, env, DEFAULT_POLICY)
                 received = case.algorithm.receive(sent, update, env)
                 weights_of(received, _weigh(case.algorithm, received), name)
             except RefusedError as error:

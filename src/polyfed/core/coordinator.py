@@ -281,6 +281,7 @@ class Coordinator:
         sent = algorithm.broadcast(self._versions[task.version], task.client, env)
         expected, policy = algorithm.expects(sent, env), self.federation.policy
         message = validate(message, expected, task.client, policy, limits=self._limits(task.version))
+        algorithm.check(sent, message, env, policy)
         weights = weights_of(message, lambda tree: algorithm.weight(message.numbers, 0, tree), task.client)
         if message.text:
             _check_text(message, task.client)
