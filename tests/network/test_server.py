@@ -176,7 +176,9 @@ def form_attacks(mallory):
     yield "too long", leave(b'{"reason": "' + b"a" * 10**6 + b'"}'), 413, "at most"
     yield "a browser's form", leave(b'{"reason": ""}', "text/plain"), 415, "application/json"
     stolen = {"name": "c0", "ticket": "1" * 64, "kind": "Softmax", "offers": [], "settings": {}, "target": "number"}
-    body = json.dumps({**stolen, "shape": [], "values": [0, 1, 2], "frozen": [], "joins_at": 1, "away": []}).encode()
+    body = json.dumps(
+        {**stolen, "shape": [], "values": [0, 1, 2], "frozen": [], "joins_at": 1, "away": [], "columns": ["", ""]}
+    ).encode()
     enrol = lambda body: mallory.send("POST", "/enrol", body, Content_Type="application/json")  # noqa: E731
     yield "another's name", enrol(body), 409, "enrolled already"
     yield "an unexpected name", enrol(body.replace(b'"c0"', b'"c9"')), 403, "not expected"

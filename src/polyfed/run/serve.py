@@ -37,6 +37,7 @@ from polyfed.data import Raw
 from polyfed.network.forms import Enrolment, Recalled, Start
 from polyfed.network.limits import DEFAULT, NetworkLimits
 from polyfed.run.client import check_offers, fitting, laid_over, naming_groups, start_of, used_start
+from polyfed.run.columns import check_order
 from polyfed.run.student import student_of
 from polyfed.run.trainers import check_trainers, given_to_train, trainers_at_server
 from polyfed.storage.blobs import FileBlobs
@@ -201,6 +202,7 @@ class Host:
         specs = {group: start.whole for group, start in first.items()}
         if given is not None:
             starts = laid_over(starts, given, fitting(given, specs))
+        check_order(self.algorithm, {name: said.columns for name, said in enrolments.items()}, groups, starts)
         return Federation(
             algorithm=self.algorithm,
             problem=self.problem,
