@@ -14,7 +14,7 @@ from polyfed.core.message import Message, State
 from polyfed.core.protocols import Site
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.tree import Tree
-from polyfed.core.work import ask
+from polyfed.core.work import ask, at_server
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,4 @@ class Distill(FedMD):
         if "student" not in env.trainers:
             raise UsageError("Distill needs a model to train: pf.Distill(student=pf.torch(net), public=rows)")
         site = env.trainers["student"]
-        return site, replace(env, public=site.train, train=None)
+        return site, at_server(site, env)

@@ -14,7 +14,7 @@ from polyfed.core.algorithm import ClientUpdate, Env, Fit, Fitted, Needs
 from polyfed.core.errors import UsageError
 from polyfed.core.message import Memory, Message, State
 from polyfed.core.tree import Array, Spec, Tree
-from polyfed.core.work import ask
+from polyfed.core.work import ask, at_server
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class FedDF(Consensus):
             return parts
         lesson = self.teach(consensus, env.problem, site.train, self.epochs)
         request = replace(lesson, start=tuple(parts.values()), steps=self.steps)
-        fitted: Fitted = ask(site, request, replace(env, public=site.train, train=None, group=group))
+        fitted: Fitted = ask(site, request, at_server(site, env))
         return {name: fitted.state.like(tree.spec) for name, tree in parts.items()}
 
 

@@ -17,7 +17,7 @@ from polyfed.core.algorithm import Algorithm, ClientUpdate, Env, Fitted, Needs
 from polyfed.core.errors import RefusedError, UsageError
 from polyfed.core.message import Memory, Message, State
 from polyfed.core.tree import Spec, Tree, part_of
-from polyfed.core.work import ask
+from polyfed.core.work import ask, at_server
 
 #: Trees of the server's state that hold a default head are called so, and then by the digest of its spec.
 HEAD = "head."
@@ -211,7 +211,7 @@ class FedPer(FedAvg):
             start = (first, *(tree for tree in laid if tree is not None))
             site = env.trainers[group]
             lesson = self._consensus.teach(consensus, env.problem, site.train, self.digest)
-            fitted: Fitted = ask(site, replace(lesson, start=start, part=part), env)
+            fitted: Fitted = ask(site, replace(lesson, start=start, part=part), at_server(site, env))
             heads[name] = fitted.state.only(spec)
         return heads
 

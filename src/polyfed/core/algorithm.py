@@ -139,7 +139,8 @@ class Env:
         round_num: from 1; 0 before the first round.
         number: the client's task number: see `Task`.
         population: clients that the run knows at this moment.
-        public: the public rows after this client's own pipeline (at the server: None); None if there are none.
+        public: the public rows after this client's own pipeline; None if there are none. At the server only their number
+            means something (the first client's in a simulation, None over a network); trainers: see `work.at_server`.
         train, validation, test: the client's own rows; None at the server. `test` is None but in the one task at the
             end of a run that reads it.
         group: name of the client's architecture group; clients of one group may average all of their parameters.

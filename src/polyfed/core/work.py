@@ -45,6 +45,11 @@ def ask(site: Site, request: Request, env: Env) -> Any:
     return site.model.fit(request, rows, replace(env, draw=request.draw) if request.draw else env)
 
 
+def at_server(site: Site, env: Env) -> Env:
+    """What a model in ``env.trainers`` is asked in: its rows are the public ones, under every driver, and its own none."""
+    return replace(env, public=site.train, train=None, group=site.group)
+
+
 def _thawed(site: Site, request: Fit) -> tuple[str, ...]:
     """What a request trains of a model a part of which is frozen."""
     part = tuple(name for name in site.trains if not request.part or is_under(name, request.part))
