@@ -9,6 +9,7 @@ from polyfed.algorithms.options import at_least
 from polyfed.core.algorithm import ClientUpdate, Env, Fit, Fitted, Needs
 from polyfed.core.errors import UsageError
 from polyfed.core.message import Memory, Message
+from polyfed.core.tree import is_under
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class FedRep(FedAvg):
 
     Wire: as FedAvg(shared=...). Memory: the head ("own"). Needs a model that trains a part of itself.
     Invariants: 16, 18, 20, 26, 36, 40, 52.
+
+    A client whose whole base is frozen trains its head alone, and its base weighs nothing in the mean.
 
     Trap: the head sees `head_epochs` of the client's rows each round, not the epochs of its model.
 
@@ -49,6 +52,8 @@ class FedRep(FedAvg):
         base = tuple(self.shared)
         start, head = self.start(message, memory), others(self.name, base)
         first: Fitted = yield Fit(start=start, part=head, epochs=self.head_epochs)
+        if env.frozen and all(is_under(name, env.frozen) for name in message.trees["params"]):
+            return self.upload(message, first, env), self.remember(memory, first)  # there is no base to train
         then: Fitted = yield Fit(start=(first.state,), part=base, epochs=self.base_epochs, draw=1)
         fitted = replace(then, steps=first.steps + then.steps)
         return self.upload(message, fitted, env), self.remember(memory, fitted)
