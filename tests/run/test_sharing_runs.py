@@ -139,8 +139,9 @@ def test_shared_model_when_methods_have_one_is_given_and_else_refused():
 @pytest.mark.parametrize("algorithm", ["FedBABU", "Ditto"])
 def test_model_when_joined_over_the_network_is_personalised_as_in_simulation(algorithm):
     made = pf.FedBABU(shared="base") if algorithm == "FedBABU" else pf.Ditto(0.5)
+    agreed = {"consents": "personal"} if algorithm == "FedBABU" else {}  # its one head is some client's first one
     with Server(made, clients=NAMES, rounds=3, seed=1) as server:
-        threads = {name: Thread(server.url, client(name, NumpyModel(statistics=True))) for name in NAMES}
+        threads = {name: Thread(server.url, client(name, NumpyModel(statistics=True), **agreed)) for name in NAMES}
         outcomes = {name: thread.outcome() for name, thread in threads.items()}
         server.result(SECONDS)
     members = [client(name, NumpyModel(statistics=True)) for name in NAMES]
