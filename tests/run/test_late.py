@@ -172,11 +172,20 @@ class Leaving(NumpyModel):
 def test_client_when_it_leaves_and_comes_back_goes_on_with_its_memory(here, tmp_path):
     """It leaves in the middle of round 3, as by Ctrl-C; the others go on, and wait for it in round 5."""
     options = {"limits": limits(), "memory": tmp_path}
+    without = threading.Event()  # a round without it has begun
+
+    class Telling(Waiting):
+        def fit(self, request, rows, env):
+            if env.round_num == 4:
+                without.set()
+            return super().fit(request, rows, env)
+
     with Server(pf.FedAvg(shared="base"), clients=(*NAMES, "west"), rounds=8, seed=1, limits=limits()) as server:
-        threads = [Thread(server.url, client("north", Waiting(5, here["east"])), limits=limits())]
+        threads = [Thread(server.url, client("north", Telling(5, here["east"])), limits=limits())]
         threads.append(Thread(server.url, client("south"), limits=limits()))
         with pytest.raises(KeyboardInterrupt):
             _join(server.url, client("west", Leaving()), **options)
+        assert without.wait(SECONDS)
         back = Thread(server.url, client("west"), **options)
         here["west"].clear()
         assert here["west"].wait(SECONDS)
