@@ -51,6 +51,16 @@ def test_example_in_the_readme_is_the_example_file():
     assert [line for line in shown.splitlines() if line.strip()] == kept
 
 
+def test_readme_in_chinese_has_the_sections_code_and_tables_of_the_readme():
+    pages = [(ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md")]
+    code = [re.sub(r" *#.*", "", re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)) for page in pages]
+    assert code[0] == code[1]
+    printed = [re.findall(r"```\n(accuracy .*?)```", page, re.DOTALL) for page in pages]
+    assert printed[0] == printed[1] != []
+    english, chinese = (set(re.findall(r"\]\(([^)]+)\)", page)) for page in pages)
+    assert english - {"README.zh-CN.md"} == chinese - {"README.md"}
+
+
 def test_torch_keeps_its_upper_bound():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     torches = [wish for wishes in extras.values() for wish in wishes if wish.startswith("torch")]
