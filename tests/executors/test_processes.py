@@ -30,7 +30,7 @@ from polyfed.core.tree import Tree
 from polyfed.executors import launch, worker
 from polyfed.executors.channel import Channel
 from polyfed.executors.loop import Loop
-from polyfed.executors.processes import Processes
+from polyfed.executors.processes import THREADED, Processes
 
 NAMES = [f"client-{i}" for i in range(9)]
 
@@ -328,7 +328,8 @@ def test_auto_forks_unless_a_library_has_threads_that_a_fork_would_lose(monkeypa
         finally:
             executor.close()
 
-    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)  # an earlier test of this process may have used it
+    for name in THREADED:  # an earlier test of this process may have used it
+        monkeypatch.delitem(sys.modules, name, raising=False)
     assert chosen(ToyModel()) is launch.ForkServer
     assert chosen(StartsThread()) is launch.Spawn
     monkeypatch.setitem(sys.modules, "tensorflow", None)
