@@ -204,7 +204,8 @@ def show(found: dict[str, dict[str, float]]) -> None:
     print(f"{'accuracy':<14}" + "".join(f"{way:>12}" for way in found))
     for name in SITES:
         print(f"{name:<14}" + "".join(f"{of[name]:12.3f}" if name in of else f"{'-':>12}" for of in found.values()))
-    print(f"{'mean':<14}" + "".join(f"{np.mean(list(of.values())):12.3f}" for of in found.values()))
+    means = (f"{np.mean(list(of.values())):12.3f}" if len(of) == len(SITES) else f"{'-':>12}" for of in found.values())
+    print(f"{'mean':<14}" + "".join(means))  # not of LG-FedAvg, which is over other sites than the rest
     alone = found["alone"]
     gains = (np.mean([of[name] - alone[name] for name in of]) for of in found.values())
     print(f"{'above alone':<14}" + "".join(f"{gain:+12.3f}" for gain in gains))

@@ -204,10 +204,18 @@ def west(result: pf.Result, scaler: Any) -> str:
     names = np.array(result.population.problem.classes)
     said = opinion(result.student, scaler, inputs)
     lines = [["patient of WEST", "recorded", "student", "sure"]]
-    lines += [[f"{i + 1}", recorded[i], names[p.argmax()], f"{p.max():.2f}"] for i, p in enumerate(said)]
+    lines += [
+        [f"{i + 1}", spoken(recorded[i]), spoken(names[p.argmax()]), f"{p.max():.2f}"] for i, p in enumerate(said)
+    ]
     ill = next(i for i, name in enumerate(recorded) if name != NONE)
-    told = result.ensemble(weights="num_examples").explain(inputs.iloc[[ill]])
+    together = result.ensemble(weights="num_examples")
+    named = replace(together.problem, classes=tuple(map(spoken, together.problem.classes)))
+    told = replace(together, problem=named).explain(inputs.iloc[ill])
     return f"{aligned(lines)}\n\nPatient {ill + 1}, by each clinic's trees:\n{told}"
+
+
+def spoken(diagnosis: str) -> str:
+    return "none" if diagnosis == NONE else diagnosis
 
 
 def show(seed: int, *, small: bool = False) -> str:

@@ -74,7 +74,9 @@ def test_what_is_not_installed_is_named_with_the_command(folder, monkeypatch):
     with pytest.raises(DataError, match=r"GSE7390-metastasis.arff is not there: give the folder that holds it"):
         breast(folder)
     monkeypatch.setattr(cohorts, "find_spec", lambda package: None)
-    with pytest.raises(DataError, match=r"nki70.csv is not there: .* pip install --no-deps oncodatasets"):
+    with pytest.raises(
+        DataError, match=r"nki70.csv is not there: .* pip install --no-deps oncodatasets scikit-survival$"
+    ):
         breast()
 
 

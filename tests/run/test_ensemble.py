@@ -79,8 +79,68 @@ def test_one_case_is_a_table_with_a_line_for_each_vote(result):
     told = [f"{vote[c]:.3f}" for c in np.argsort(-mean)]  # the likeliest class first, in every line
     assert lines[2].split() == ["forest", "RandomForestClassifier", str(vote.argmax()), *told]
     assert "of 3 participants vote for" in text
-    with pytest.raises(pf.errors.DataError, match="one case, got 2 rows"):
+    with pytest.raises(pf.errors.DataError, match=r"one case, got 2 rows; write x\[550:551\]"):
         result.ensemble().explain(x[:2])
+
+
+def test_a_case_by_itself_is_taken_as_one_row(result):
+    x, _ = rows(9)
+    together = result.ensemble()
+    told = together.explain(x[5:6])
+    assert together.explain(x[5]) == told
+    assert together.explain({"x": x[5]}) == told
+    with pytest.raises(pf.errors.DataError, match=r"got 2 rows; write x\[550:551\]"):
+        together.explain(x[5, :2])
+
+
+def test_a_case_of_columns_may_be_a_series_or_a_dict():
+    x, y = rows(0)
+    frame = pd.DataFrame({"a": x[:, 0], "b": np.where(x[:, 1] > 0, "high", "low"), "c": x[:, 2]})
+    client = pf.Client("one", pf.sklearn(LogisticRegression()), data=(frame, y), preprocess=pf.tabular())
+    together = run(pf.Local(), [client]).ensemble()
+    told = together.explain(frame.iloc[[7]])
+    assert together.explain(frame.iloc[7]) == told
+    assert together.explain(frame.iloc[7].to_dict()) == told
+    with pytest.raises(pf.errors.DataError, match="reads the column 'c', which the rows lack"):
+        together.explain({"a": 1.0, "b": "low"})
+
+
+def test_images_are_cases_by_their_shape():
+    x = np.random.default_rng(0).normal(size=(40, 4, 4)).astype(np.float32)
+    y = np.arange(40) % 2
+    flat = pf.torch(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 2)))
+    together = run(pf.Local(), [pf.Client("one", flat, data=(x, y))]).ensemble()
+    assert together.explain(x[3]) == together.explain(x[3:4])
+
+
+class Broken(LogisticRegression):
+    """Cannot be trained."""
+
+    def fit(self, x, y):
+        raise ValueError("all gaps")
+
+
+def test_who_never_trained_has_no_vote_unless_asked_for(tmp_path):
+    models = {"good": LogisticRegression(), "fine": LogisticRegression(), "broken": Broken()}
+    clients = [pf.Client(n, pf.sklearn(m), data=rows(i)) for i, (n, m) in enumerate(models.items())]
+    result = run(pf.Local(), clients)
+    x, _ = rows(9)
+    together = result.ensemble()
+    assert result.untrained == together.untrained == ("broken",)
+    assert list(together.votes(x)) == ["good", "fine"]
+    assert together.explain(x[0]).endswith("left out, since nothing that it trained ever counted: broken")
+    assert "2 of 2 participants" in together.explain(x[0]) or "1 of 2 participants" in together.explain(x[0])
+    assert "the ensemble is without broken" in str(result.comparison())
+    np.testing.assert_array_equal(together.predict_proba(x), result.ensemble(["good", "fine"]).predict_proba(x))
+    saved = pf.load(result.save(tmp_path / "out"))
+    assert list(saved.ensemble().members) == ["good", "fine"]
+    assert saved.ensemble().untrained == ("broken",)
+    text = (tmp_path / "out" / "result.json").read_text()
+    (tmp_path / "out" / "result.json").write_text(
+        text.replace('"untrained": [\n   "broken"', '"untrained": [\n   "nobody"')
+    )
+    with pytest.raises(pf.errors.CorruptError, match="names no clients"):
+        pf.load(tmp_path / "out").ensemble()
 
 
 def test_of_many_classes_the_likeliest_are_shown():

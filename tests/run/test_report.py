@@ -317,9 +317,9 @@ def test_page_over_repeats_tells_means_of_both_runs_above_and_one_division_below
 
 
 def test_curves_of_all_runs_on_a_page_have_equal_axes() -> None:
-    low, high = ([RoundLog(1, metrics={n: {"auc": v} for n in FOUR})] for v in (0.3, 0.9))
+    low, high = ([RoundLog(k, metrics={n: {"auc": v} for n in FOUR}) for k in (1, 2)] for v in (0.3, 0.9))
     page = report.page(made(FOUR, history=low), label="a", others={"b": made(FOUR, history=high)})
-    found = re.findall(r'aria-label="validation of \w+ over 1 rounds">(.*?)</svg>', page)
+    found = re.findall(r'aria-label="validation of \w+ over 2 rounds">(.*?)</svg>', page)
     marks = {tuple(re.findall(r'text-anchor="end"[^>]*>([\d.]+)</text>', svg)[:-1]) for svg in found}
     assert len(found) == 8
     assert len(marks) == 1

@@ -10,9 +10,11 @@ from federations import rows, run
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from test_report import Reader
+from torch import nn
 
 import polyfed as pf
 from polyfed.run import report, report_student
+from polyfed.run import report_facts as facts
 from polyfed.run.report_comparison import compare
 from polyfed.run.student import Score, Standing, Standings
 
@@ -52,6 +54,42 @@ def test_without_a_student_or_without_test_rows_there_is_no_section(result):
     assert HEADING not in report.page(of(pf.Local()))
     untested = dataclasses.replace(result, test={}, baselines={})
     assert HEADING not in report.page(untested)
+
+
+def test_where_clients_learn_nothing_the_page_leads_with_the_student(result):
+    text = Reader(report.page(result)).text
+    found = result.comparison()
+    assert found.metric == "auc"
+    head = text[: text.index(HEADING)]
+    assert report_student.headline(found) in head
+    assert "learn nothing from one another" in head
+    assert "There is no interval for AUC" in text
+    for wrong in ("did better together", "did not change", "What each site gained", "gain over alone", "chance"):
+        assert wrong not in text
+    learning = of(pf.Distill(public=rows(30, n=80)[0], student=pf.sklearn(LogisticRegression()), digest=1))
+    text = Reader(report.page(learning)).text
+    assert "What each site gained" in text
+    assert "learn nothing from one another" not in text
+    both = Reader(report.page(result, label="taught", others={"digested": learning})).text
+    assert "What each site gained" in both
+    assert "learn nothing from one another" in both
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def test_a_single_evaluation_is_no_curve():
+    one = run(pf.FedAvg(), [pf.Client("a", pf.sklearn(LogisticRegression()), data=rows(0))], rounds=1)
+    assert "round by round" not in Reader(report.page(one)).text
+
+
+def test_the_counts_of_trained_entries_are_called_so():
+    members = [pf.Client(n, pf.torch(two_layers), data=rows(0), freeze=f) for n, f in (("north", ()), ("west", "0"))]
+    frozen = run(pf.FedAvg(), members, rounds=1)
+    counts = [parcel for parcel in facts.shared(frozen).parcels if parcel.tree == "params#"]
+    assert {(parcel.way, parcel.what) for parcel in counts} == {("site → server", "counts of the entries it trained")}
+    assert "counts of the entries it trained" in Reader(report.page(frozen)).text
 
 
 def test_of_very_many_teachers_the_means_alone_are_told(result):

@@ -13,6 +13,7 @@ from torch import nn
 
 import polyfed as pf
 from polyfed.algorithms import Distill
+from polyfed.data.split import Parts
 from polyfed.run import student as module
 from polyfed.run.student import Score
 
@@ -70,14 +71,15 @@ def test_the_student_is_an_ordinary_object_that_predicts_what_the_comparison_ask
     np.testing.assert_allclose(probabilities(result.student, x), told, atol=1e-5)
     assert (told.argmax(1) == y).mean() > 0.8
     saved = pf.load(result.save(tmp_path / "out"))
-    again = saved.student(into=net() if kind == "torch" else None)
+    again = saved.student_into(net()) if kind == "torch" else saved.student
     np.testing.assert_array_equal(probabilities(again, x), probabilities(result.student, x))
     assert saved.student_kind["framework"] == ("sklearn" if kind in ("forest", "logistic") else kind)
 
 
 def test_a_run_without_a_student_says_so(tmp_path):
     result = run()
-    for ask in (lambda: result.student, pf.load(result.save(tmp_path / "out")).student):
+    saved = pf.load(result.save(tmp_path / "out"))
+    for ask in (lambda: result.student, lambda: saved.student, lambda: saved.student_into(net())):
         with pytest.raises(pf.errors.UsageError, match=r"no student; pf\.Distill"):
             ask()
     assert "student" not in result.table()
@@ -86,10 +88,22 @@ def test_a_run_without_a_student_says_so(tmp_path):
 
 def test_a_saved_torch_student_needs_a_module_to_fill(result, tmp_path):
     saved = pf.load(result.save(tmp_path / "out"))
-    with pytest.raises(pf.errors.UsageError, match=r"saved.student\(into=MyNet\(\)\)"):
-        saved.student()
+    with pytest.raises(pf.errors.UsageError, match=r"saved.student_into\(MyNet\(\)\)"):
+        _ = saved.student
     with pytest.raises(pf.errors.SpecError):
-        saved.student(into=nn.Linear(3, 2))
+        saved.student_into(nn.Linear(3, 2))
+    assert repr(saved) == f"<Saved Distill in {str(saved.folder)!r}: 2 rounds, 2 clients, a student>"
+
+
+def test_one_call_asks_the_student_with_raw_rows_through_the_servers_preprocessing(result):
+    x, y = rows(9)
+    student = result.ensemble("student")
+    scaled = StandardScaler().fit(PUBLIC).transform(x).astype(np.float32)
+    np.testing.assert_allclose(student.predict_proba(x), probabilities(result.student, scaled), atol=1e-5)
+    assert (student.predict(x) == y).mean() > 0.8
+    assert "student" in student.explain(x[5])
+    with pytest.raises(pf.errors.UsageError, match="no client 'student'"):
+        run().ensemble("student")
 
 
 def test_a_hostile_description_of_the_student_is_refused(result, tmp_path):
@@ -111,7 +125,7 @@ def everyone(result):
 
 def test_every_number_of_the_comparison_is_that_of_its_own_pipeline_on_the_pooled_test_rows(result):
     x, y = everyone(result)
-    found = result.comparison()
+    found = result.comparison("accuracy")
     assert found.num_rows == len(y) == 48
     votes = result.ensemble().votes(x)
     for line in found.lines:
@@ -130,7 +144,7 @@ def test_every_number_of_the_comparison_is_that_of_its_own_pipeline_on_the_poole
 
 def test_gains_are_paired_over_rows_with_the_normal_interval(result):
     x, y = everyone(result)
-    found = result.comparison()
+    found = result.comparison("accuracy")
     student = module.student_member(result).answer(pf.data.read("x", x, labelled=False)).argmax(1) == y
     north = result.ensemble().votes(x)["north"].argmax(1) == y
     gap = student.astype(float) - north
@@ -147,8 +161,11 @@ def test_the_table_says_it_in_a_line_and_the_comparison_in_a_table(result):
     found = result.comparison()
     line = next(line for line in result.table().splitlines() if line.startswith("student: "))
     assert line == found.sentence()
-    assert f"accuracy {found.student.value:.3f} on all 48 test rows" in line
-    assert f"their ensemble {found.ensemble.value:.3f} (student {found.ensemble.gain:+.3f}" in line
+    assert found.metric == result.metric == "auc"
+    assert f"auc {found.student.value:.3f} on all 48 test rows" in line
+    assert f"ensemble {found.ensemble.value:.3f} (student {found.ensemble.gain:+.3f}, no interval for auc)" in line
+    assert str(found).endswith("; no interval for auc")
+    assert "no interval" not in result.comparison("accuracy").sentence()
     assert "mean of each alone" in line
     text = str(found)
     assert [line.split()[0] for line in text.splitlines()[2:4]] == ["north", "south"]
@@ -159,7 +176,7 @@ def test_the_table_says_it_in_a_line_and_the_comparison_in_a_table(result):
 
 def test_without_read_test_rows_there_is_no_comparison():
     result = taught(test=False)
-    assert "student" not in result.table()
+    assert not any(line.startswith("student: ") for line in result.table().splitlines())
     with pytest.raises(pf.errors.UsageError, match="test rows of this run were not read"):
         result.comparison()
 
@@ -195,6 +212,36 @@ def test_a_regression_is_compared_by_error():
     assert found.lines[1].all.gain > 0 > found.lines[0].all.gain  # a lower error is a gain
     assert found.lines[1].all.gain == pytest.approx(found.lines[1].all.value - found.student.value)
     assert "lower is better" in str(found)
+
+
+def test_the_table_says_that_only_the_student_learns_and_not_so_where_clients_do(result):
+    said = "what the run made is the student: the clients learn nothing from one another here"
+    assert said in result.table().splitlines()
+    for fields in ({"digest": 1}, {"digest": 1, "feedback": True}):
+        learning = taught("logistic", fields=fields)
+        assert not learning.only_student_learns
+        assert said not in learning.table()
+    assert not run(pf.Local()).only_student_learns
+
+
+def test_test_rows_of_one_class_leave_auc_without_a_value_and_the_table_whole():
+    one = [
+        pf.Client(f"site{i}", pf.sklearn(LogisticRegression()), data=sorted_by_class(i), split=Parts(*parts()))
+        for i in range(2)
+    ]
+    result = run(Distill(public=PUBLIC, student=STUDENTS["logistic"]()), one)
+    assert result.comparison().sentence() == ""
+    assert not any(line.startswith("student: ") for line in result.table().splitlines())
+
+
+def sorted_by_class(seed):
+    x, y = rows(seed)
+    order = np.argsort(y, kind="stable")
+    return x[order], y[order]
+
+
+def parts():
+    return np.arange(10, 60), np.array([], int), np.arange(10), np.array([], int)
 
 
 # ---------------------------------------------------------------- who came late

@@ -38,7 +38,8 @@ def _text(path: str | Path | None, file: str, distribution: str, package: str, f
         spec = find_spec(package)
         homes = list(spec.submodule_search_locations or ()) if spec is not None else []
         place = Path(homes[0], folder, file) if homes else Path(file)
-        hint = f"it comes with {distribution}; install that with: pip install --no-deps {distribution}"
+        both = " ".join((NKI[1], TRANSBIG[1]))
+        hint = f"it comes with {distribution}; install both with: pip install --no-deps {both}"
     try:
         return place.read_text(encoding="utf-8")
     except OSError:

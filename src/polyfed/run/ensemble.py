@@ -20,7 +20,7 @@ from polyfed.core.errors import DataError, UsageError
 from polyfed.core.rows import Problem, Rows
 from polyfed.core.tree import Array
 from polyfed.data import Prepared, Raw
-from polyfed.data.table import is_frame
+from polyfed.data.table import is_frame, pandas
 from polyfed.run.client import first_env
 from polyfed.run.text import aligned
 
@@ -118,17 +118,19 @@ class Ensemble:
         problem: what is predicted.
         members: by name, in the order of the federation.
         weights: "uniform" (every participant counts the same) or "num_examples" (by its training rows).
+        untrained: who was left out because nothing that it trained ever counted.
     """
 
     problem: Problem
     members: Mapping[str, Member]
     weights: Weights = "uniform"
+    untrained: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.weights not in ("uniform", "num_examples"):
             raise UsageError(f'weights={self.weights!r} is unknown; write "uniform" or "num_examples"')
         if not self.members:
-            raise UsageError("an ensemble needs at least one member")
+            raise UsageError(f"an ensemble needs at least one member{_without(self.untrained, '; ')}")
 
     def votes(self, x: Any) -> dict[str, Array]:
         """Participant -> (n, classes) float64 probabilities at temperature 1; of a regression (n, outputs) values.
@@ -179,12 +181,19 @@ class Ensemble:
     def explain(self, x: Any) -> str:
         """One case as a table to read: a line a participant with its vote, then what they say together.
 
+        Args:
+            x: one row, as in `votes`; or the case by itself: an array of the shape of one row, such as ``x[550]``, a
+                Series of the columns, such as ``frame.iloc[550]``, or a dict of values by column or input.
+
         Raises:
             DataError: as `votes`, or not exactly one row.
         """
-        raw = raw_of(x)
+        raw = raw_of(one_case(x, [member.wants for member in self.members.values()]))
         if len(raw) != 1:
-            raise DataError(f"explain takes one case, got {len(raw)} rows; give one, such as x[:1] or frame.iloc[[0]]")
+            raise DataError(
+                f"explain takes one case, got {len(raw)} rows; write x[550:551] for row 550 of an array, "
+                "frame.iloc[[550]] for that of a DataFrame"
+            )
         votes = {name: vote[0] for name, vote in self.votes(raw).items()}
         mean = self.mean(votes)
         return self._of_classes(votes, mean) if self.problem.is_classification else self._of_values(votes, mean)
@@ -204,6 +213,7 @@ class Ensemble:
         notes = [f"{agree} of {len(votes)} participants vote for {classes[choice]}; together: {self._how()}"]
         if len(shown) < len(classes):
             notes.append(f"{len(classes) - len(shown)} less likely classes are left out of this print")
+        notes += [_without(self.untrained)] if self.untrained else []
         return "\n".join([*aligned([heads, *lines], left=3), "", *notes])
 
     def _of_values(self, votes: Mapping[str, Array], mean: Array) -> str:
@@ -214,7 +224,8 @@ class Ensemble:
         lines.append(["together", "", *(f"{v:.4g}" for v in mean)])
         lines.append(["spread", "", *(f"{v:.4g}" for v in spread)])
         told = f"together: {self._how()}; spread: the standard deviation of what the participants say"
-        return "\n".join([*aligned([heads, *lines]), "", told])
+        notes = [told, _without(self.untrained)] if self.untrained else [told]
+        return "\n".join([*aligned([heads, *lines]), "", *notes])
 
     def _how(self) -> str:
         return "their mean" if self.weights == "uniform" else "their mean weighted by training rows"
@@ -225,8 +236,26 @@ class Ensemble:
 
 def ensemble_of(result: Result, members: Sequence[str] | str | None = None, weights: Weights = "uniform") -> Ensemble:
     """The participants of a run, or those named; see `Result.ensemble`."""
-    names = list(result.population.sites) if members is None else [members] if isinstance(members, str) else members
-    return Ensemble(result.population.problem, {name: _member(result, name) for name in names}, weights)
+    untrained = result.untrained if members is None else ()
+    if members is None:
+        members = [name for name in result.population.sites if name not in untrained]
+    names = [members] if isinstance(members, str) else members
+    return Ensemble(result.population.problem, {n: _asked(result, n) for n in names}, weights, untrained)
+
+
+def _asked(result: Result, name: str) -> Member:
+    """A client, or the student where no client has that name."""
+    if name == "student" and name not in result.population.sites and result.has_student:
+        from polyfed.run.student import student_member  # it is built of what stands here
+
+        return student_member(result)
+    return _member(result, name)
+
+
+def _without(untrained: Sequence[str], before: str = "") -> str:
+    """A sentence on who has no vote."""
+    said = f"left out, since nothing that it trained ever counted: {', '.join(untrained)}"
+    return before + said if untrained else ""
 
 
 def _member(result: Result, name: str) -> Member:
@@ -258,6 +287,28 @@ def said(outputs: Array, problem: Problem) -> Array:
     if problem.is_classification:
         return np.exp(metrics.log_softmax(outputs))
     return np.asarray(outputs, np.float64).reshape(len(outputs), -1)
+
+
+def one_case(x: Any, wants: Sequence[Mapping[str, Sequence[Any]]]) -> Any:
+    """Rows of one, where `x` is a case by itself in a form that somebody with one of these `wants` reads; else `x`."""
+    if not is_frame(x) and hasattr(x, "index") and hasattr(x, "to_dict"):  # a Series, of a DataFrame's row
+        return _case_of_columns(x.to_dict(), wants) or one_case(x.to_numpy(), wants)
+    if isinstance(x, Mapping):
+        known = {(key, tuple(wanted)) for inputs in wants for key, wanted in inputs.items()}
+        if x and all((key, np.shape(value)) in known for key, value in x.items()):
+            return {key: np.asarray(value)[None] for key, value in x.items()}
+        flat = bool(x) and all(np.ndim(value) == 0 for value in x.values())
+        return (_case_of_columns(x, wants) if flat else None) or x
+    shapes = {tuple(wanted) for inputs in wants for wanted in inputs.values()}
+    is_case = not is_frame(x) and hasattr(x, "shape") and tuple(x.shape) in shapes and tuple(x.shape[1:]) not in shapes
+    return x[None] if is_case else x
+
+
+def _case_of_columns(x: Mapping[Any, Any], wants: Sequence[Mapping[str, Sequence[Any]]]) -> Raw | None:
+    """A DataFrame of one row under the name of the input that somebody reads by columns; None where all read arrays."""
+    named = (key for inputs in wants for key, wanted in inputs.items() if wanted and isinstance(wanted[0], str))
+    key = next(named, None)
+    return None if key is None else Raw({key: pandas().DataFrame({name: [value] for name, value in x.items()})})
 
 
 def raw_of(x: Any) -> Raw:

@@ -7,7 +7,7 @@
     DIR/models/CLIENT.skops      a scikit-learn estimator: skops' zip; of LightGBM and XGBoost JSON around their own text
     DIR/models/CLIENT.polyfed    any model's state; a PyTorch module is made of it by ``saved.model(CLIENT, into=MyNet())``
     DIR/preprocess/CLIENT-0.skops  a client's fitted preprocessing: ``saved.ensemble()``
-    DIR/student.*                the student that the server taught, as a client's model: ``saved.student()``
+    DIR/student.*                the student that the server taught, as a client's model: ``saved.student``
 
 A ``.polyfed`` file is a message as it travels (`polyfed.core.wire`): checked, and nothing in it is ever executed.
 """
@@ -113,7 +113,16 @@ def _write(result: Result, folder: Path) -> None:
 def _write_model(result: Result, name: str, folder: Path) -> tuple[dict[str, str], str]:
     """Writes one client's state, and its model where a safe format takes it; says how, and what could not be done."""
     model = result.population.sites[name].model
-    return _write_as(model, name, result.state_of(name), lambda: result.models[name], folder, "models/")
+
+    def exported() -> Any:
+        try:
+            return result.models[name]
+        except Exception as error:  # what failed in training, whatever it was, may fail here again
+            if name in result.untrained:
+                raise UsageError(f"nothing that it trained ever counted ({type(error).__name__}: {error})") from error
+            raise
+
+    return _write_as(model, name, result.state_of(name), exported, folder, "models/")
 
 
 def _write_as(
@@ -157,7 +166,7 @@ _WRITERS: Mapping[str, Callable[[Any, Path], None]] = {"keras": _write_keras, "s
 # ---------------------------------------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Saved:
     """What `pf.load` read.
 
@@ -204,11 +213,23 @@ class Saved:
         """
         return self._made(name, self._told(name), self.folder / "models", f"saved.model({name!r}, into=MyNet())", into)
 
-    def student(self, *, into: Any = None) -> Any:
-        """The student that the server taught, as its framework's own object; arguments and errors as of `model`."""
+    @property
+    def student(self) -> Any:
+        """The student that the server taught, as its framework's own object, as `Result.student`.
+
+        Raises:
+            UsageError: there is none, it could not be saved in a safe format, or it is a PyTorch model: `student_into`.
+        """
+        return self._student(None)
+
+    def student_into(self, module: Any) -> Any:
+        """A student of PyTorch, put into a module of the same architecture; errors as of `model` with ``into=``."""
+        return self._student(module)
+
+    def _student(self, into: Any) -> Any:
         if not self.student_kind:
             raise UsageError(f"{self.folder} holds no student; pf.Distill(student=..., public=...) teaches one")
-        return self._made("the student", self.student_kind, self.folder, "saved.student(into=MyNet())", into)
+        return self._made("the student", self.student_kind, self.folder, "saved.student_into(MyNet())", into)
 
     def ensemble(
         self,
@@ -220,7 +241,7 @@ class Saved:
         """The participants as one, of raw rows: as `Result.ensemble`, of what the folder holds.
 
         Args:
-            members: names of clients; all by default.
+            members: names of clients; by default all but those of whose training nothing ever counted.
             weights: "uniform", or "num_examples".
             into: client -> a module to fill, for those with a PyTorch model.
 
@@ -228,6 +249,13 @@ class Saved:
             UsageError: a member's preprocessing or model has no safe file format, or it needs `into`.
         """
         return saved_ensemble.ensemble_of(self, members, weights, into)
+
+    def __repr__(self) -> str:
+        algorithm = self.info.get("algorithm", {})
+        name = algorithm.get("name", "a run") if isinstance(algorithm, dict) else "a run"
+        rounds, clients = self.info.get("rounds", "?"), len(self.kinds)
+        said = f"{rounds} round{'s' * (rounds != 1)}, {clients} client{'s' * (clients != 1)}"
+        return f"<Saved {name} in {str(self.folder)!r}: {said}{', a student' if self.student_kind else ''}>"
 
     def _made(self, who: str, told: Mapping[str, str], folder: Path, call: str, into: Any) -> Any:
         framework, kind = told["framework"], told["kind"]

@@ -149,6 +149,7 @@ def block(
     each = len(compared.lines) <= EACH
     setups, preprocessings = facts.setups(result)
     rounds, skipped = facts.round_rows(result.history)
+    student = section(result, compared, most=EACH)
     absent = facts.absences(result)
     return {
         "label": label,
@@ -167,7 +168,8 @@ def block(
         "weak": [line for line in compared.lines if line.is_weak],
         "figures": figures(compared, lines, each=each),
         **curves(result, compared, spans, each=each),
-        "student": section(result, compared, most=EACH),
+        "student": student,
+        "leads": student is not None and result.only_student_learns and compared.repeats is None,
         "origin": origin,
         "shared": facts.shared(result),
         "absent": absent[: facts.MOST],
@@ -220,7 +222,7 @@ def curves(result: Result, compared: Comparison, spans: Mapping[str, plots.Span]
     """Validation values over the rounds: a small plot for each site, or the spread over many."""
     metric = compared.metric
     series = validated(result, metric)
-    if not any(series.values()):
+    if not any(len(points) > 1 for points in series.values()):  # a single point is no curve
         return {"curves": [], "spread": ""}
     last = max(log.round_num for log in result.history)
     if not each:

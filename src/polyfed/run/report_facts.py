@@ -20,6 +20,10 @@ WORDS = {
 }
 
 
+#: Trees that `polyfed.core.aggregate` adds where a site trains some of its entries only, such as "params#".
+COUNTS = ("", "counts of the entries it trained")
+
+
 @dataclass(frozen=True)
 class Parcel:
     """One named tree that travels, as the algorithm declares it; `sites` is empty where it is the same for all."""
@@ -100,7 +104,7 @@ def _parcels(result: Result) -> list[Parcel]:
         down = {tree: array.spec for tree, array in sent.trees.items()}
         for way, trees in (("server → site", down), ("site → server", dict(result.algorithm.expects(sent, env)))):
             for tree, spec in trees.items():
-                what = WORDS.get(tree, ("", ""))[way == "site → server"]
+                what = WORDS.get(tree, COUNTS if tree.endswith("#") else ("", ""))[way == "site → server"]
                 found.setdefault((way, tree, what, _size(spec), num_bytes(spec.num_bytes)), []).append(name)
     order = sorted(found.items(), key=lambda item: item[0][0] == "server → site")
     return [Parcel(*key, sites="" if len(names) == len(sites) else some(names)) for key, names in order][:MOST]

@@ -188,7 +188,8 @@ class Result:
     def student(self) -> Any:
         """The model that the server taught (`Distill`), as its framework's own object that predicts by itself.
 
-        It takes rows as the algorithm's ``preprocess=`` makes them of raw ones; without one, raw rows.
+        It takes rows as the algorithm's ``preprocess=`` makes them of raw ones; without one, raw rows. To ask it with raw
+        rows always: ``result.ensemble("student").predict(x)``.
 
         Raises:
             UsageError: the algorithm teaches no student.
@@ -201,7 +202,9 @@ class Result:
         """The participants as one: a joint opinion on raw rows, with each participant's vote.
 
         Args:
-            members: names of clients; all by default.
+            members: names of clients; by default all but those of `untrained`. "student" is the model that the server
+                taught, unless a client is called so: ``result.ensemble("student").predict(x)`` asks it with raw rows,
+                through the algorithm's ``preprocess=``.
             weights: "uniform", or "num_examples": by training rows.
 
         >>> # together = result.ensemble()
@@ -219,12 +222,12 @@ class Result:
         Only a simulation can do this: it has everybody's rows. Print it, or read its `rows`.
 
         Args:
-            metric: accuracy by default, mean absolute error for values.
+            metric: that of `table` by default.
 
         Raises:
             UsageError: the run did not read its test rows, or the metric is unknown.
         """
-        metric = metric or ("accuracy" if self.population.problem.is_classification else "mae")
+        metric = metric or self.metric
         if metric not in self._compared:
             from polyfed.run.student import standings_of  # only where a comparison is asked for
 
@@ -239,6 +242,21 @@ class Result:
     def has_student(self) -> bool:
         """Whether `student` is there."""
         return "student" in self.federation.trainers and "student" in self.state.trees
+
+    @cached_property
+    def only_student_learns(self) -> bool:
+        """Whether there is a student, and the server sends its clients nothing: each of them learns by itself."""
+        if not self.has_student:
+            return False
+        sites = self.population.sites.items()
+        sent = (self.algorithm.broadcast(self.state, name, self._server_env(site)) for name, site in sites)
+        return not any(message.trees for message in sent)
+
+    @cached_property
+    def untrained(self) -> tuple[str, ...]:
+        """Clients that were asked to train, and nothing of it ever counted: each time they failed or were refused."""
+        counted = {name for log in self.history for name in log.accepted if name not in log.left_out}
+        return tuple(name for name in self.population.sites if name in self.left_out and name not in counted)
 
     # ------------------------------------------------------------------------------------------ numbers
 
@@ -347,6 +365,8 @@ class Result:
         on = "test" if self.test else "validation"
         ran = f"{len(self.history)} round{'s' * (len(self.history) != 1)}"
         notes = [f"{metric} on each client's {on} rows ({better}); {ran}; {self.reason}"]
+        if self.only_student_learns:
+            notes.append("what the run made is the student: the clients learn nothing from one another here")
         if len(shown) < len(rows):
             ends = f"the {SHOWN_OF_MANY} lowest and the {SHOWN_OF_MANY} highest"
             notes.insert(0, f"{ends} of {len(rows)} clients; {len(rows) - len(shown)} are left out of this print")
@@ -358,7 +378,9 @@ class Result:
         """What the student reaches beside its teachers, where there is one and test rows were read."""
         if not (self.has_student and self.test):
             return []
-        return [self.comparison().sentence(), "result.comparison() tells it for each participant"]
+        if not (said := self.comparison().sentence()):
+            return []
+        return [said, "result.comparison() tells it for each participant"]
 
     def _undefined(self, metric: str) -> list[str]:
         """Which clients' test rows leave the metric without a value, and over how many the mean is."""

@@ -43,7 +43,8 @@ def write(result: Result, folder: Path) -> tuple[dict[str, Any], list[str]]:
         }
     problem = result.population.problem
     classes = None if problem.classes is None else list(problem.classes)
-    return {"classes": classes, "outputs": problem.outputs, "members": members}, notes
+    told = {"classes": classes, "outputs": problem.outputs, "members": members, "untrained": list(result.untrained)}
+    return told, notes
 
 
 def _write_steps(name: str, fitted: Mapping[str, Any], folder: Path) -> tuple[dict[str, str] | None, str]:
@@ -85,10 +86,21 @@ def ensemble_of(
     if not told:
         raise UsageError(f"{saved.folder} was saved without preprocessing; save the result again with this version")
     problem = _problem(saved.folder, told)
-    names = list(told["members"]) if members is None else [members] if isinstance(members, str) else list(members)
+    untrained = _untrained(saved.folder, told) if members is None else ()
+    if members is None:
+        members = [name for name in told["members"] if name not in untrained]
+    names = [members] if isinstance(members, str) else list(members)
     if unknown := [name for name in [*names, *(into or {})] if name not in told["members"]]:
         raise UsageError(f"there is no client {unknown[0]!r} in {saved.folder}; there are {', '.join(told['members'])}")
-    return Ensemble(problem, {n: _member(saved, n, problem, told["members"][n], into or {}) for n in names}, weights)
+    found = {n: _member(saved, n, problem, told["members"][n], into or {}) for n in names}
+    return Ensemble(problem, found, weights, untrained)
+
+
+def _untrained(folder: Path, told: Mapping[str, Any]) -> tuple[str, ...]:
+    names = told.get("untrained", [])  # not in files of earlier versions
+    if not isinstance(names, list) or not all(name in told["members"] for name in map(str, names)):
+        raise CorruptError(f"{folder}/result.json: {str(names)[:200]} names no clients")
+    return tuple(map(str, names))
 
 
 def _problem(folder: Path, told: Mapping[str, Any]) -> Problem:

@@ -125,9 +125,10 @@ class Standings:
         metric: what is compared.
         num_rows: all test rows.
         lines: one for each participant.
-        ensemble: the mean of the participants' answers, uniform weights.
+        ensemble: the mean of the participants' answers, uniform weights, without `untrained`.
         student: None where the algorithm teaches none.
         level: coverage of the intervals.
+        untrained: participants of whose training nothing ever counted.
     """
 
     metric: str
@@ -137,6 +138,7 @@ class Standings:
     student: Score | None
     student_model: str = ""
     level: float = LEVEL
+    untrained: tuple[str, ...] = ()
 
     @property
     def is_lower_better(self) -> bool:
@@ -172,11 +174,16 @@ class Standings:
                 made.append({"who": who, "model": self.student_model if who == STUDENT else "", **told})
         return made
 
+    @property
+    def no_interval(self) -> str:
+        """Said where the metric is no mean over rows, such as AUC; "" where there are intervals."""
+        return "" if self.metric in _PER_ROW else f"no interval for {self.metric}"
+
     def sentence(self) -> str:
         """Student, ensemble, mean teacher and mean alone on everyone's rows, in one line."""
         if self.student is None or self.student.value is None:
             return ""
-        beside = [f"their ensemble {_number(self.ensemble.value)}{_gap(self.ensemble, 'student ')}"]
+        beside = [f"their ensemble {_number(self.ensemble.value)}{_gap(self.ensemble, 'student ', self.no_interval)}"]
         beside.append(f"mean of the teachers {_number(self.mean('all'))}")
         if (alone := self.mean("all_alone")) is not None:
             beside.append(f"mean of each alone {_number(alone)}")
@@ -199,9 +206,12 @@ class Standings:
     def _said(self) -> str:
         better = "lower is better" if self.is_lower_better else "higher is better"
         said = f"{self.metric} on a site's own test rows, and on everyone's ({self.num_rows}); {better}"
+        if self.untrained:
+            said = f"the ensemble is without {', '.join(self.untrained)}: nothing trained there ever counted\n{said}"
         if self.student is None:
             return said
         of = f", {self.level * 100:g} % interval over rows" if self.ensemble.interval else ""
+        of = f"; {self.no_interval}" if self.no_interval else of
         return f"{said}; gain: how much better the student is on the same rows{of}"
 
 
@@ -209,13 +219,14 @@ def standings_of(result: Result, metric: str | None = None) -> Standings:
     """See `Result.comparison`."""
     if not result.test:
         raise UsageError("the test rows of this run were not read (test=False, or it was interrupted): no comparison")
-    problem = result.population.problem
-    metric = metric or ("accuracy" if problem.is_classification else "mae")
+    metric = metric or result.metric
     field_ = _Field.of(result)
-    teachers = dict(result.ensemble().members)
-    alone = {} if result.alone is None else dict(result.alone.ensemble().members)
+    names = list(result.population.sites)
+    teachers = dict(result.ensemble(names).members)
+    solo = [] if result.alone is None else [name for name in names if name not in result.alone.untrained]
+    alone = dict(result.alone.ensemble(solo).members) if result.alone is not None and solo else {}
     student = student_member(result) if result.has_student else None
-    answers = {name: field_.ask(member) for name, member in teachers.items()}
+    answers = {name: {} if name in result.untrained else field_.ask(member) for name, member in teachers.items()}
     taught = None if student is None else field_.ask(student)
     lines = [
         Standing(
@@ -228,7 +239,7 @@ def standings_of(result: Result, metric: str | None = None) -> Standings:
         )
         for name, member in teachers.items()
     ]
-    if all(line.all.value is None for line in lines):
+    if metric != result.metric and all(line.all.value is None for line in lines):
         there = sorted({name for values in result.test.values() for name in values})
         raise UsageError(f"there is no metric {metric!r} to compare by; there are {', '.join(there)}")
     return Standings(
@@ -238,6 +249,7 @@ def standings_of(result: Result, metric: str | None = None) -> Standings:
         ensemble=field_.score(_together(answers), metric, taught),
         student=None if taught is None else field_.score(taught, metric),
         student_model="" if student is None else student.kind,
+        untrained=result.untrained,
     )
 
 
@@ -343,10 +355,11 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _gap(score: Score, who: str) -> str:
+def _gap(score: Score, who: str, no_interval: str) -> str:
     if score.gain is None:
         return ""
-    span = "" if score.interval is None else f" [{score.interval[0]:+.3f}, {score.interval[1]:+.3f}]"
+    span = f", {no_interval}" if no_interval else ""
+    span = span if score.interval is None else f" [{score.interval[0]:+.3f}, {score.interval[1]:+.3f}]"
     return f" ({who}{score.gain:+.3f}{span})"
 
 
