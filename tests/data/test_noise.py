@@ -5,6 +5,7 @@ from polyfed.core.errors import DataError
 from polyfed.core.rows import Problem
 from polyfed.data import (
     Raw,
+    generate_public,
     merge_statistics,
     mixup_public,
     noise_public,
@@ -129,3 +130,30 @@ def test_a_gap_of_the_lighter_row_is_filled_and_one_of_the_heavier_stays():
 def test_rows_that_cannot_be_made_say_why(call, words):
     with pytest.raises(DataError, match=words):
         call()
+
+
+@pytest.mark.parametrize("form", ["array", "pair", "dict", "frame"])
+def test_rows_when_given_in_any_form_of_data_make_the_same(form):
+    table = np.random.default_rng(2).normal(size=(40, 2))
+    labels = np.arange(40) % 2
+    frame = pd.DataFrame(table, columns=["a", "b"])
+    given, target, expected = {
+        "array": (table, None, {"x": table}),
+        "pair": ((table, labels), None, {"x": table}),
+        "dict": ({"t": table, "y": labels}, "y", {"t": table}),
+        "frame": (frame.assign(y=labels), "y", {"x": frame}),
+    }[form]
+    made = mixup_public(given, 9, target=target)
+    for name, value in mixup_public(Raw(expected), 9).inputs.items():
+        np.testing.assert_array_equal(made.inputs[name], value)
+    if form != "array":
+        sent = public_statistics(given, [0, 1], target=target)
+        assert sent.digest == public_statistics(Raw(expected, labels), TWO).digest
+
+
+def test_rows_when_given_in_place_of_statistics_are_refused():
+    for make in (noise_public, generate_public):
+        with pytest.raises(DataError, match=f"^{make.__name__} draws from statistics, not from a ndarray: give merge_"):
+            make(np.zeros((5, 2)), 3)
+    with pytest.raises(DataError, match=r"^statistics per class need labelled rows: give"):
+        public_statistics(np.zeros((5, 2)), [0, 1])

@@ -310,7 +310,7 @@ def test_public_rows_in_another_order_are_read_by_their_names():
 
 
 def test_public_rows_of_another_width_name_the_client():
-    with pytest.raises(pf.errors.DataError, match=r"north: public rows are x \[2\] a row, its own rows are x \[3\]"):
+    with pytest.raises(pf.errors.DataError, match=r"north: public= has rows of x \[2\], its own rows are of x \[3\]"):
         run(pf.FedMD(public=rows(7, width=2)[0]))
 
 

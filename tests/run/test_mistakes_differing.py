@@ -181,6 +181,44 @@ def test_public_rows_when_set_aside_for_nobody_are_said():
     assert run(pf.FedMD(), *members).notes == ()
 
 
+@pytest.mark.parametrize(
+    ("public", "words"),
+    [
+        (lambda: np.load("nofile.npy"), r"^public= could not be read: FileNotFoundError: .*nofile.npy"),
+        ("rows.npy", "^public='rows.npy' is a path, not rows; give the rows, or a function that reads them"),
+        (PUBLIC[:0], "^public= has no rows; give some"),
+        (3, "^public=: rows of type int cannot be read; give an array"),
+        (PUBLIC[:, 0], r"^north: public= has rows of x \(one value\), its own rows are of x \[3\]; give"),
+        (PUBLIC[:, :2], r"^north: public= has rows of x \[2\], its own rows are of x \[3\]; give"),
+        (np.where(PUBLIC > 1, np.nan, PUBLIC), "^north: in public=: values are missing in .* rows; give preprocess="),
+    ],
+    ids=["raises", "path", "empty", "number", "1-D", "narrow", "gaps"],
+)
+def test_public_rows_when_they_cannot_be_used_are_named(public, words):
+    refused(words, pf.FedMD(public=public), kind=DataError)
+
+
+def test_public_rows_when_labelled_are_used_without_and_said():
+    result, bare = run(pf.FedMD(public=rows(77))), run(pf.FedMD(public=PUBLIC))
+    assert (result.notes, bare.notes) == (("public= holds labels, which nobody reads",), ())
+    assert result.state.digest == bare.state.digest
+
+
+@pytest.mark.parametrize("kind", ["statistics", "noise", "mixup"])
+def test_public_rows_when_made_from_what_the_sites_have_teach(kind):
+    sites = [rows(len(name)) for name in ("north", "southern")]
+    merged = pf.data.merge_statistics([pf.data.public_statistics(site, [0, 1, 2]) for site in sites])
+    made = {
+        "statistics": lambda: pf.data.generate_public(merged, 20),
+        "noise": lambda: pf.data.noise_public(merged, 20),
+        "mixup": lambda: pf.data.mixup_public(rows(5)[0], 20),
+    }[kind]()
+    for algorithm in (pf.FedMD(public=made), pf.Distill(student=torch(), public=made)):
+        result = run(algorithm)
+        assert result.is_complete
+        assert result.notes == ()
+
+
 def test_temperature_when_zero_is_refused_wherever_it_is_given():
     for make in (pf.FedMD, pf.FedDF, pf.Distill, lambda **o: pf.FedPer(feedback="distill", **o)):
         with pytest.raises(UsageError, match="temperature=0 must be a number above 0"):
@@ -260,6 +298,18 @@ def test_freeze_when_a_method_has_nothing_left_to_train_leaves_that_client_out_b
     assert result.history[0].accepted == ("southern",)
 
 
+def test_freeze_when_it_names_the_base_that_fedbabu_trains_alone_is_refused_before_round_1():
+    words = r"^north: FedBABU trains what is shared, shared=\('base',\), and freeze=\('base',\) leaves none of it free"
+    refused(words, pf.FedBABU(shared="base"), client("north", freeze="base"), client("south"))
+    assert run(pf.FedBABU(shared="base"), client("north", freeze="head"), client("south")).is_complete
+
+
+def test_shared_when_a_model_has_two_modules_says_which_prefix_they_have():
+    two = pf.torch(shared=nn.Linear(3, 4), personal=nn.Linear(4, 3), lr=0.1)
+    refused('it has personal, shared; write shared="shared"$', pf.FedPer(), client("north", two))
+    assert run(pf.FedPer(shared="shared"), client("north", two)).is_complete
+
+
 def test_personal_part_when_asked_for_without_consent_is_refused_for_that_client_alone():
     members = client("north"), client("south", consents="personal")
     said = refused(
@@ -321,7 +371,50 @@ class FixedHead(pf.FedAvg):
 def test_entries_of_a_start_when_they_fit_nothing_are_said():
     tree = Tree({"base.0.bias": np.ones(6, np.float32), "haed.bias": np.ones(3, np.float32)})
     result = run(pf.FedAvg(), client("north", start=tree), client("south"))
-    assert result.notes == ("north: 'haed.bias' of start= are not in its model with that shape and were left out",)
+    assert result.notes == (
+        "north: 'haed.bias' of start= are not in its model with that shape and were left out",
+        "north: the shared part of start= is replaced by the server's; to start everybody from it give FedAvg(initial=...)",
+    )
+
+
+@pytest.mark.parametrize("freeze", [(), "base"])
+def test_start_when_the_server_replaces_it_is_said_and_that_alone_began_from_it(freeze):
+    old = given(run(pf.FedAvg()))
+    members = client("north"), client("late", start=old, freeze=freeze)
+    result = run(pf.FedPer(), *members, baselines=("alone",))
+    kept = ", and freeze= keeps that" if freeze else ""
+    said = f"late: the shared part of start= is replaced by the server's{kept}; to start everybody from it give FedPer(initial=...)"
+    alone = "'alone' of late began from the shared part of start=, and the federation did not"
+    assert result.notes == (said, alone)
+    assert alone in result.table()
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [pf.Ditto(0.5), pf.APFL(0.5), pf.FedMD(public=PUBLIC), pf.Local(), "initial"],
+    ids=["Ditto", "APFL", "FedMD", "Local", "initial"],
+)
+def test_start_when_it_is_used_needs_no_note(algorithm):
+    old = given(run(pf.FedAvg()))
+    chosen = pf.FedAvg(initial=old) if algorithm == "initial" else algorithm
+    assert run(chosen, client("north"), client("late", start=old), baselines=("alone",)).notes == ()
+    assert run(pf.FedPer(), client("north"), client("late", start=old.under(["head"]))).notes == ()
+
+
+def test_start_when_a_part_of_it_fits_says_how_to_give_that_and_else_both_shapes():
+    old = run(pf.FedAvg())
+    fewer = (rows(1)[0], (rows(1)[0][:, 0] > 0).astype(int))
+    two = client("north", torch(net(outputs=2)), data=fewer, start=old)
+    refused(
+        r"head.weight is float32\[3, 6\], expected float32\[2, 6\].*'base' fit: give start= the Tree "
+        r"pf.load\(DIR\).state.trees\['params'\].under\(\['base'\]\)$",
+        pf.FedAvg(),
+        two,
+        kind=SpecError,
+    )
+    wide = client("north", torch(WIDE), start=old)
+    said = refused(r"base.0.weight is float32\[6, 3\], expected float32\[12, 3\]", pf.FedAvg(), wide, kind=SpecError)
+    assert "give" not in said
 
 
 # ---------------------------------------------------------------- batch normalisation of one row
@@ -444,3 +537,12 @@ def test_start_when_a_server_gives_more_than_is_shared_is_warned_of_and_an_optim
             result = server.result(SECONDS)
     base = whole.state.trees["params"].under(["base"])
     assert result.state.trees["params"] == base
+
+
+def test_start_at_a_server_when_each_group_has_parameters_is_that_of_the_group_that_fits():
+    north = pf.Client("north", torch(WIDE), rows(5), split=pf.Split(validation=0.2, test=0.2))
+    left = run(pf.FedDF(public=PUBLIC), client("west"), client("southern", torch(WIDE)))
+    wide = left.state.trees[f"params:{left.population.groups['southern']}"]
+    with Server(FixedHead(initial=left), clients=["north"], rounds=1, limits=LIMITS) as server:
+        Thread(server.url, north, limits=LIMITS, allow=[FixedHead]).outcome()
+        assert server.result(SECONDS).state.trees["params"] == wide

@@ -180,13 +180,18 @@ def _part(first: Tree, shared: set[str]) -> dict[str, Tree]:
     return {"params": part.part("params"), "stats": part.part("stats")}
 
 
+def _instead(known: str) -> str:
+    """What to write for a model of two modules, as `pf.torch(shared=, personal=)` makes it."""
+    return '; write shared="shared"' if known == "personal, shared" else ""
+
+
 def _check_shared(algorithm: FedAvg, env: Env) -> None:
     """Raises `UsageError` where `shared` names nothing that the first group trains, or a prefix nothing of any group."""
     group, first = next(iter(env.first.items()))
     chosen, params = group or "the model", [name for name in env.whole(group) if part_of(name) == "params"]
     known = ", ".join(sorted({name.replace("/", ".").partition(".")[0] for name in params})[:8])
     if not first.only(algorithm.shared_names(first)).part("params"):
-        raise UsageError(f"shared={algorithm.shared!r} names no parameter of {chosen}; it has {known}")
+        raise UsageError(f"shared={algorithm.shared!r} names no parameter of {chosen}; it has {known}{_instead(known)}")
     names = {name for group in env.first for name in env.whole(group)}
     for prefix in algorithm.shared:
         if not any(is_under(name, (prefix.removeprefix("!"),)) for name in names):

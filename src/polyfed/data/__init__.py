@@ -6,7 +6,7 @@ from polyfed.data.partition import by_column, dirichlet, iid, pathological, per_
 from polyfed.data.prepare import Prepared, described, prepare, prepare_unlabelled, tabular
 from polyfed.data.problem import encode_target, problem_of
 from polyfed.data.public import concat, from_message, schema, schema_difference, to_message
-from polyfed.data.sources import read
+from polyfed.data.sources import read, read_public
 from polyfed.data.split import LeakWarning, Parts, Split, divide, duplicates, folds
 from polyfed.data.synthetic import generate_public, merge_statistics, public_statistics
 from polyfed.data.table import Raw
@@ -40,6 +40,7 @@ __all__ = [
     "public_statistics",
     "quantity_skew",
     "read",
+    "read_public",
     "schema",
     "schema_difference",
     "shards",

@@ -19,7 +19,8 @@ from polyfed.core import seed as streams
 from polyfed.core.errors import DataError
 from polyfed.core.message import Message
 from polyfed.core.tree import Array
-from polyfed.data.synthetic import CUT, as_flagged, as_sites_have_it, words_of
+from polyfed.data.sources import TargetOf, rows_for
+from polyfed.data.synthetic import CUT, as_flagged, as_sites_have_it, check_merged, words_of
 from polyfed.data.table import Raw, is_frame, values_of
 
 Law = Literal["gaussian", "uniform"]
@@ -49,6 +50,7 @@ def noise_public(merged: Message, rows: int, *, law: Law = "gaussian", seed: int
     """
     if law not in ("gaussian", "uniform"):
         raise DataError(f"noise_public(law={law!r}) is unknown; use 'gaussian' or 'uniform'")
+    check_merged("noise_public", merged)
     if not merged.trees["total"]["rows"].sum():
         raise DataError("every class has fewer rows than min_count at every site; no public rows can be drawn")
     rng = streams.rng(seed, "public", "noise")
@@ -69,7 +71,7 @@ def _noise(merged: Message, entry: str, kind: str, law: Law, rows: int, rng: np.
     return words[(drawn * len(words)).astype(np.int64)] if len(words) else np.full(rows, np.nan)
 
 
-def mixup_public(raw: Raw, rows: int, *, alpha: float = 1.0, seed: int = 0) -> Raw:
+def mixup_public(data: Any, rows: int, *, target: TargetOf = None, alpha: float = 1.0, seed: int = 0) -> Raw:
     """Unlabelled mixtures λ·a + (1 - λ)·b of pairs of different rows, λ from Beta(α, α) (Zhang et al. 2018, eq. 1).
 
     Privacy: real rows leave the site, two at a time. A mixture shows much of both, with λ near 1 nearly all of one; who knows
@@ -77,7 +79,8 @@ def mixup_public(raw: Raw, rows: int, *, alpha: float = 1.0, seed: int = 0) -> R
     polyfed makes such rows by itself: call this only for rows that may leave, and give it training rows only.
 
     Args:
-        raw: a site's rows; labels are not used.
+        data: a site's rows, a `Raw`, one array or any form of ``data=`` of a client; labels are not used.
+        target: as a client's: the columns that are labels, and so are left out.
         rows: how many.
         alpha: 1 draws λ uniformly; larger values mix more evenly, smaller ones leave more rows nearly as they are.
         seed: of these rows.
@@ -89,7 +92,11 @@ def mixup_public(raw: Raw, rows: int, *, alpha: float = 1.0, seed: int = 0) -> R
 
     Raises:
         DataError: fewer than two rows, or α is not positive.
+
+    >>> mixup_public(np.eye(3), 10).x.shape  # then FedMD(public=...)
+    (10, 3)
     """
+    raw = rows_for("mixup_public", data, target=target)
     if len(raw) < 2:
         raise DataError(f"mixup_public needs at least 2 rows to mix, got {len(raw)}")
     if not alpha > 0:

@@ -281,7 +281,7 @@ def _public(name: str, raw: Raw, public: Raw, fitted: Mapping[str, Any]) -> Rows
         elif own != there and fitted.get(key, "*") is None:
             raise DataError(f"{name}: {_differing(raw, public)}; give public rows with the columns of the clients")
     try:
-        return Rows(_inputs(name, Raw(inputs), fitted))
+        return Rows(_inputs(f"{name}: in public=", Raw(inputs), fitted))
     except DataError as error:
         if said := _differing(raw, public):
             raise DataError(f"{error}; {said}") from error

@@ -14,12 +14,13 @@ No framework is imported: each is known by the module of its own classes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from polyfed.core.errors import DataError
+from polyfed.core.errors import DataError, PolyfedError
 from polyfed.core.tree import Array
 from polyfed.data.split import check_labels
 from polyfed.data.table import Raw, is_frame, values_of
@@ -60,6 +61,36 @@ def read(
     return raw
 
 
+def read_public(given: Any) -> Raw:
+    """The rows of ``public=``, in any form of ``data=`` or as one array; with their labels where there are some.
+
+    Raises:
+        DataError: names ``public=``, what was found and what to write instead; also for what a function of the user raises.
+    """
+    if isinstance(given, str | os.PathLike):
+        raise DataError(f"public={str(given)!r} is a path, not rows; give the rows, or a function that reads them")
+    try:
+        raw = _read("public=", given, None, labelled=False)
+    except PolyfedError:
+        raise
+    except Exception as error:
+        if not callable(given):
+            raise
+        raise DataError(f"public= could not be read: {type(error).__name__}: {error}") from error
+    if not len(raw):
+        raise DataError("public= has no rows; give some, or let clients set some aside with split=pf.Split(public=0.1)")
+    return raw
+
+
+def rows_for(what: str, given: Any, *, target: TargetOf = None) -> Raw:
+    """Rows for a function that public rows are made with: any form of ``data=``, or one array.
+
+    Raises:
+        DataError: names `what`, the function that was called.
+    """
+    return _read(what, given, target, labelled=False)
+
+
 def _read(name: str, data: Any, target: TargetOf, labelled: bool) -> Raw:
     if isinstance(data, Raw):
         return data if target is None else _target_out(name, data.inputs, target)
@@ -77,6 +108,10 @@ def _read(name: str, data: Any, target: TargetOf, labelled: bool) -> Raw:
         return _read(name, data(), target, labelled)
     if not labelled and (hasattr(data, "__array__") or isinstance(data, list)):
         return Raw({"x": _array(name, "x", data)})
+    if not labelled:
+        raise DataError(
+            f"{name}: rows of type {type(data).__name__} cannot be read; give an array, or what data= takes"
+        )
     raise DataError(f"{name}: data= of type {type(data).__name__} cannot be read; {FORMS}")
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,20 +27,24 @@ from polyfed.core.errors import DataError, MalformedError
 from polyfed.core.message import Message
 from polyfed.core.rows import Problem
 from polyfed.core.tree import Array, Tree
-from polyfed.data.problem import encode_target
+from polyfed.data.problem import encode_target, problem_of
 from polyfed.data.public import kind_of
+from polyfed.data.sources import TargetOf, rows_for
 from polyfed.data.table import Raw, is_frame, missing_in, pandas, values_of
 
 CUT = 2.5  # in standard deviations
 MOST_PRODUCTS = 100  # columns: more of them are drawn independently
 
 
-def public_statistics(raw: Raw, problem: Problem, *, min_count: int = 5) -> Message:
+def public_statistics(
+    data: Any, problem: Problem | Sequence[Any], *, target: TargetOf = None, min_count: int = 5
+) -> Message:
     """One site's sums, per class; of labelled rows with one DataFrame, or one (n, ...) array of numbers.
 
     Args:
-        raw: the site's training rows.
-        problem: the agreed classes; a regression counts as one class.
+        data: the site's training rows, a `Raw` or any form of ``data=`` of a client.
+        problem: what the sites agreed on, or its classes; a regression counts as one class.
+        target: as a client's.
         min_count: the smallest number of rows that may be spoken of.
 
     Returns:
@@ -53,9 +58,21 @@ def public_statistics(raw: Raw, problem: Problem, *, min_count: int = 5) -> Mess
         DataError: several inputs, dates, or a column that mixes kinds.
 
     Guarantees: every number in it speaks of `min_count` rows or more, every word stands in as many.
+
+    Each site makes its message; whoever merges them draws the rows and gives them as ``public=``:
+
+    >>> x = np.arange(40.0).reshape(20, 2)
+    >>> north, south = (x, np.arange(20) % 2), (x + 1, np.arange(20) // 10)
+    >>> merged = merge_statistics([public_statistics(site, [0, 1]) for site in (north, south)])
+    >>> public = generate_public(merged, 6)  # then FedMD(public=public)
+    >>> public.x.shape
+    (6, 2)
     """
     if min_count < 2:
         raise DataError(f"min_count={min_count}: a cell of one row is that row; use at least 2, better 5")
+    raw = rows_for("public_statistics", data, target=target)
+    if not isinstance(problem, Problem):
+        problem = problem_of({"public_statistics": _labels(raw)}, classes=list(problem))
     names, columns, form = _columns(raw)
     member = _membership(raw, problem)
     kinds = [kind_of(name, column) for name, column in zip(names, columns, strict=True)]
@@ -119,8 +136,9 @@ def generate_public(merged: Message, rows: int, *, seed: int = 0) -> Raw:
         seed: of these rows.
 
     Raises:
-        DataError: every class was suppressed at every site.
+        DataError: every class was suppressed at every site, or rows are given where statistics are expected.
     """
+    check_merged("generate_public", merged)
     total = merged.trees["total"]["rows"]
     if not total.sum():
         raise DataError("every class has fewer rows than min_count at every site; no public rows can be drawn")
@@ -132,6 +150,15 @@ def generate_public(merged: Message, rows: int, *, seed: int = 0) -> Raw:
         values = numbers.get(str(i)) if kind == "number" else _words(merged, str(i), kind, of_class, rng)
         columns.append(_with_gaps(values, merged, str(i), of_class, rng))
     return as_sites_have_it(merged, columns)
+
+
+def check_merged(what: str, merged: Any) -> None:
+    """Raises `DataError` for rows: their statistics are what leaves a site."""
+    if not isinstance(merged, Message):
+        raise DataError(
+            f"{what} draws from statistics, not from a {type(merged).__name__}: "
+            "give merge_statistics([public_statistics(rows, classes), ...]), one of each site"
+        )
 
 
 def as_sites_have_it(merged: Message, columns: Sequence[Array]) -> Raw:
@@ -162,11 +189,16 @@ def _columns(raw: Raw) -> tuple[tuple[str, ...], list[Array], tuple[str, ...]]:
 
 def _membership(raw: Raw, problem: Problem) -> Array:
     """(classes, n) bool as float64: whose row it is."""
-    if raw.target is None:
-        raise DataError("statistics per class need labelled rows")
+    labels = _labels(raw)
     if problem.classes is None:
         return np.ones((1, len(raw)))
-    return _float(np.arange(problem.outputs)[:, None] == encode_target(raw.target, problem)[None, :])
+    return _float(np.arange(problem.outputs)[:, None] == encode_target(labels, problem)[None, :])
+
+
+def _labels(raw: Raw) -> Array:
+    if raw.target is None:
+        raise DataError("statistics per class need labelled rows: give (x, y), or a DataFrame with target=")
+    return raw.target
 
 
 def _float(values: Array) -> Array:

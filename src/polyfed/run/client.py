@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from polyfed import data as tables
+from polyfed.algorithms.fedbabu import FedBABU
 from polyfed.algorithms.fedper import HEAD
 from polyfed.core.algorithm import Algorithm, Env
 from polyfed.core.errors import DataError, MissingExtraError, NeedsError, PolyfedError, SpecError, UsageError
@@ -26,6 +27,7 @@ from polyfed.data.table import is_frame
 TaskKind = Literal["classification", "regression"]
 #: What a client may agree to besides the usual.
 CONSENTS = ("personal", "overlap")
+LABELS_UNREAD = "public= holds labels, which nobody reads"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -54,8 +56,9 @@ class Client:
             about its test rows.
         start: what its model starts from: what `pf.load` or a run returned, or a `Tree` of entries. Of a run, its
             shared part must fit the model as a whole (where each group has one, the group's that fits); a default head,
-            and the model by which a client of this name predicted, come along where they fit. Of a tree, entries of the same name and shape are taken. The rest starts as usual, and what
-            an algorithm shares comes from the server.
+            and the model by which a client of this name predicted, come along where they fit. Of a tree, entries of the
+            same name and shape are taken. The rest starts as usual, and what an algorithm shares comes from the server;
+            a note of the result says so.
         freeze: prefixes of parameters that this client never trains ("base"), whatever an algorithm asks. What it sends
             of them does not count in any mean.
     """
@@ -179,6 +182,7 @@ class Population:
         first: for each group of one architecture, the state that its first client offers.
         notes: sentences for the user.
         given: group -> the state that the job gave to start from (``model=``, ``initial=``); "alone" starts from it too.
+        replaced: clients that begin with the server's values where their ``start=`` has others; "alone" begins with those.
     """
 
     clients: Mapping[str, Client]
@@ -191,6 +195,7 @@ class Population:
     first: Mapping[str, Tree]
     notes: tuple[str, ...] = ()
     given: Mapping[str, Tree] = field(default_factory=dict)
+    replaced: tuple[str, ...] = ()
 
     @property
     def groups(self) -> dict[str, str]:
@@ -210,7 +215,9 @@ def populate(algorithm: Algorithm, clients: Iterable[Client], *, seed: int, task
     problem = tables.problem_of({name: _target(raw) for name, raw in raws.items()}, task=task)
     parts = {name: tables.divide(name, raws[name], client.split, seed=seed) for name, client in by_name.items()}
     public = public_rows(algorithm, raws, parts)
+    is_labelled = public is not None and public.target is not None
     if public is not None:
+        public = public.unlabelled()
         _without_target(public, by_name, raws)
         public = ordered_as(next(iter(raws.values())), public)
         is_given = getattr(algorithm, "public", None) is not None
@@ -228,7 +235,8 @@ def populate(algorithm: Algorithm, clients: Iterable[Client], *, seed: int, task
     sites = {name: site_of(by_name[name], prepared[name], problem, groups[name], seed) for name in by_name}
     check_needs(algorithm, sites)
     for site in sites.values():
-        _check_public(site)
+        check_public(site)
+        check_frozen(algorithm, site)
     first, given = _first(algorithm, sites, seed)
     notes = [
         note
@@ -238,6 +246,7 @@ def populate(algorithm: Algorithm, clients: Iterable[Client], *, seed: int, task
     for note in notes:
         warnings.warn(note, PreprocessingWarning, stacklevel=4)
     unused = [*_alike(problem), *_idle_public(algorithm, parts), *_unfit_starts(by_name, sites)]
+    unused += [LABELS_UNREAD] * is_labelled
     return Population(by_name, sites, prepared, raws, parts, problem, public, first, (*notes, *moved, *unused), given)
 
 
@@ -279,21 +288,21 @@ def _without_target(public: Raw, clients: Mapping[str, Client], raws: Mapping[st
                 raise DataError(f"public rows have the target column {column!r}; drop it")
 
 
-def _check_public(site: Site) -> None:
-    """A client's model must be able to read the public rows: the same inputs of the same width as its own."""
+def check_public(site: Site) -> None:
+    """Raises `DataError` where a client's model cannot read the public rows: they have other inputs or widths than its own."""
     if site.public is None:
         return
     own = {key: values.shape[1:] for key, values in site.train.inputs.items()}
     given = {key: values.shape[1:] for key, values in site.public.inputs.items()}
     if own != given:
         raise DataError(
-            f"{site.name}: public rows are {_shapes(given)} a row, its own rows are {_shapes(own)}; "
-            "give public rows with the inputs of the clients and without a target"
+            f"{site.name}: public= has rows of {_shapes(given)}, its own rows are of {_shapes(own)}; "
+            "give public= rows with the inputs of the clients and without a target"
         )
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
+    return ", ".join(f"{key} {list(shape) or '(one value)'}" for key, shape in shapes.items())
 
 
 def _target(raw: Raw) -> Array:
@@ -323,13 +332,13 @@ def _named(clients: Iterable[Client]) -> dict[str, Client]:
 
 
 def public_rows(algorithm: Algorithm, raws: Mapping[str, Raw], parts: Mapping[str, Parts]) -> Raw | None:
-    """The public rows as every client gets them, raw: those of the algorithm, or those that the splits set aside."""
+    """The public rows, raw: those of the algorithm, labels included, or those that the splits set aside, without."""
     given = getattr(algorithm, "public", None)
     aside = [raws[name].take(part.public).unlabelled() for name, part in parts.items() if len(part.public)]
     if given is not None and aside:
         raise UsageError("public= and Split(public=...) both name the public rows; give one of them")
     if given is not None:
-        return tables.read("public", given, labelled=False).unlabelled()
+        return tables.read_public(given)
     return tables.concat(aside) if aside else None
 
 
@@ -381,15 +390,34 @@ def _offered(client: Client, first: Tree) -> list[Tree]:
     where = f"{client.name}: start="
     state, kind = _state_of(client.start, where), client.model.kind
     own = [client.start.state_of(client.name)] if client.name in _clients_of(client.start) else []
-    shared = _shared_of(state, {kind: first}) if own else start_of(client.start, where, {kind: first})
-    if wrong := _unlike(shared, first):
+    fits = {kind: first.spec}
+    shared = _shared_of(state, fits) if own else start_of(client.start, where, fits)
+    if wrong := _unlike(shared, first.spec):
         said = shared.only(wrong).spec.difference(first.only(wrong).spec)
         raise SpecError(
-            f"{client.name}: what start= shares does not fit its model ({kind}): {said}; "
-            "give a Tree of the entries that are to be taken, such as pf.load(DIR).state.trees['params'].under(['base'])"
+            f"{client.name}: what start= shares does not fit its model ({kind}): {said}{_what_fits(state, shared, wrong)}"
         )
     heads = [tree for name, tree in state.trees.items() if name.startswith(HEAD)]
     return [*(head for head in heads if not head.spec.keys() - first.spec.keys()), shared, *own]
+
+
+def _what_fits(state: State, shared: Tree, wrong: Collection[str]) -> str:
+    """How to give the parts of which every entry fits; "" where there are none."""
+    amiss = {_top(name) for name in wrong}
+    fits = list(dict.fromkeys(top for name in shared.part("params") if (top := _top(name)) not in amiss))
+    trees = [
+        name
+        for name, tree in state.trees.items()
+        if name.partition(":")[0] == "params" and shared.keys() >= tree.keys()
+    ]
+    if not fits or not trees:
+        return ""
+    return f"; {_few(fits)} fit: give start= the Tree pf.load(DIR).state.trees[{trees[0]!r}].under({fits})"
+
+
+def _top(name: str) -> str:
+    """The first element of an entry's path."""
+    return (name if part_of(name) == "params" else name.partition(":")[2]).replace("/", ".").partition(".")[0]
 
 
 def _clients_of(given: Any) -> Collection[str]:
@@ -418,14 +446,14 @@ def _trains(client: Client, first: Tree) -> tuple[str, ...]:
     return tuple(name if part_of(name) == "params" else name.partition(":")[2] for name in moves)
 
 
-def start_of(given: Any, where: str, first: Mapping[str, Tree] | None = None) -> Tree:
+def start_of(given: Any, where: str, specs: Mapping[str, Spec] | None = None) -> Tree:
     """The entries of a model out of a tree, or the shared ones of a server's state or what has one: a result, saved or not.
 
-    Where each group has parameters of its own (`FedDF`), those of the first group of `first` that any of them fit.
+    Where each group has parameters of its own (`FedDF`), those that fit the first group of `specs` which any of them fits.
     """
     if isinstance(given, Tree):
         return given
-    if not (found := _shared_of(_state_of(given, where), first or {})):
+    if not (found := _shared_of(_state_of(given, where), specs or {})):
         raise UsageError(f"{where} holds no shared parameters to start from (its algorithm averaged none)")
     return found
 
@@ -437,23 +465,23 @@ def _state_of(given: Any, where: str) -> State:
     return state
 
 
-def _shared_of(state: State, first: Mapping[str, Tree]) -> Tree:
+def _shared_of(state: State, specs: Mapping[str, Spec]) -> Tree:
     """A server optimizer's moments have the names of the parameters: only "params" and "stats" are a model's."""
     parts: dict[str, dict[str, Array]] = defaultdict(dict)
     for name, tree in state.trees.items():
         kind, _, group = name.partition(":")
         if kind in ("params", "stats"):
             parts[group] |= tree
-    for wanted, model in first.items():
+    for wanted, model in specs.items():
         fits = [group for group, part in parts.items() if not _unlike(Tree(part), model)]
         if fits:
             return Tree(parts[wanted if wanted in fits else fits[0]])
     return Tree(next(iter(parts.values()), {}))
 
 
-def _unlike(part: Tree, model: Tree) -> list[str]:
+def _unlike(part: Tree, model: Spec) -> list[str]:
     """The entries of a part that a model does not have, or has in another shape or dtype."""
-    return [name for name in part if model.spec.get(name) != part.spec[name]]
+    return [name for name in part if model.get(name) != part.spec[name]]
 
 
 def _groups(clients: Mapping[str, Client]) -> dict[str, str]:
@@ -472,6 +500,17 @@ def _groups(clients: Mapping[str, Client]) -> dict[str, str]:
 def check_needs(algorithm: Algorithm, sites: Mapping[str, Site]) -> None:
     """Raises `NeedsError`, one sentence a client, where an algorithm asks for what a client's model does not offer."""
     check_offers(algorithm, {site.name: (site.model.kind, site.offers) for site in sites.values()})
+
+
+def check_frozen(algorithm: Algorithm, site: Site) -> None:
+    """Raises `UsageError` where a client keeps frozen all that an algorithm ever trains at it: its base, of FedBABU."""
+    if not isinstance(algorithm, FedBABU) or not site.frozen:
+        return
+    if not any(is_under(name, tuple(algorithm.shared)) for name in site.trains):
+        raise UsageError(
+            f"{site.name}: {algorithm.name} trains what is shared, shared={algorithm.shared!r}, and freeze={site.frozen!r} "
+            "leaves none of it free; leave freeze= out, or use FedRep, which trains the head too"
+        )
 
 
 def check_offers(algorithm: Algorithm, clients: Mapping[str, tuple[str, frozenset[str]]]) -> None:
@@ -597,7 +636,7 @@ def laid_over(first: Mapping[str, Tree], given: Tree, fits: Sequence[str]) -> di
 def _given(algorithm: Algorithm, sites: Mapping[str, Site], first: Mapping[str, Tree], seed: int) -> Tree | None:
     initial, model = getattr(algorithm, "initial", None), getattr(algorithm, "model", None)
     if initial is not None:
-        return start_of(initial, "initial=", first)
+        return start_of(initial, "initial=", {group: tree.spec for group, tree in first.items()})
     if model is None:
         return None
     if not isinstance(model, Model):
@@ -656,6 +695,33 @@ def _unfit_starts(clients: Mapping[str, Client], sites: Mapping[str, Site]) -> I
         taken = sites[name].begins.trees.get("own", Tree())
         if isinstance(client.start, Tree) and (left := [entry for entry in client.start if entry not in taken]):
             yield f"{name}: {_few(left)} of start= are not in its model with that shape and were left out"
+
+
+def with_replaced_starts(population: Population, algorithm: Algorithm, sent: Mapping[str, Message]) -> Population:
+    """A note for each client whose ``start=`` gives way to the server's values; `sent` is what it gets in round 1."""
+    replaced, notes = [], []
+    for name, message in sent.items():
+        site = population.sites[name]
+        if not (own := site.begins.trees.get("own", Tree())):
+            continue
+        begun: dict[str, Array] = {}
+        for tree in algorithm.start(message, site.begins):
+            begun |= tree
+        lost = [
+            entry
+            for entry in own
+            if not np.array_equal(begun[entry], own[entry])  # and not a mixture, as of APFL
+            and any(entry in tree and np.array_equal(begun[entry], tree[entry]) for tree in message.trees.values())
+        ]
+        if lost:
+            replaced.append(name)
+            kept = ", and freeze= keeps that" * any(site.frozen and is_under(entry, site.frozen) for entry in lost)
+            instead = f"; to start everybody from it give {algorithm.name}(initial=...)"
+            notes.append(
+                f"{name}: the shared part of start= is replaced by the server's{kept}"
+                + instead * hasattr(algorithm, "initial")
+            )
+    return replace(population, replaced=tuple(replaced), notes=(*population.notes, *notes))
 
 
 def with_used_start(population: Population, algorithm: Algorithm, state: State) -> Population:

@@ -40,7 +40,7 @@ from polyfed.data.split import check_labels
 from polyfed.network.client import Link
 from polyfed.network.forms import RECEIPT, DeniedError, Enrolment, Offer, Start, printable, task_of
 from polyfed.network.limits import DEFAULT, NetworkLimits
-from polyfed.run.client import Client, check_needs, first_env, ordered_as, site_of
+from polyfed.run.client import Client, check_frozen, check_needs, check_public, first_env, ordered_as, site_of
 from polyfed.run.columns import digests_of
 from polyfed.storage.memories import FileMemories
 
@@ -215,6 +215,8 @@ def prepared_site(client: Client, raw: tables.Raw, manifest: Manifest, algorithm
     )
     site = site_of(client, prepared, manifest.problem, "", manifest.seed)
     check_needs(algorithm, {client.name: site})
+    check_public(site)
+    check_frozen(algorithm, site)
     return site
 
 

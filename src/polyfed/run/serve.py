@@ -152,7 +152,7 @@ class Host:
 
     def _check_start(self, federation: Federation) -> None:
         """That the groups go together, and a warning of what ``initial=`` or ``model=`` gives in vain."""
-        given = self._given(federation.problem)
+        given = self._given(federation.problem, federation.specs)
         if given is None and len(federation.specs) == 1:
             return
         with naming_groups(federation.groups):
@@ -187,7 +187,7 @@ class Host:
     def _public(self) -> Raw | None:
         """The public rows, raw, if the job gives them."""
         public = getattr(self.algorithm, "public", None)
-        return None if public is None else tables.read("public", public, labelled=False).unlabelled()
+        return None if public is None else tables.read_public(public).unlabelled()
 
     def _federation(
         self,
@@ -197,9 +197,9 @@ class Host:
         trainers: Mapping[str, Site],
     ) -> Federation:
         assert self.problem is not None
-        given = self._given(self.problem)
         starts = {group: start.given for group, start in first.items()}
         specs = {group: start.whole for group, start in first.items()}
+        given = self._given(self.problem, specs)
         if given is not None:
             starts = laid_over(starts, given, fitting(given, specs))
         check_order(self.algorithm, {name: said.columns for name, said in enrolments.items()}, groups, starts)
@@ -310,11 +310,11 @@ class Host:
             raise StorageError(f"{self.folder} holds the journal of another run; use another folder")
         return Recalled(enrolments, groups, first)
 
-    def _given(self, problem: Problem) -> Tree | None:
+    def _given(self, problem: Problem, specs: Mapping[str, Spec]) -> Tree | None:
         """The state that the job itself gives to start from; None where the clients offer it."""
         initial, model = getattr(self.algorithm, "initial", None), getattr(self.algorithm, "model", None)
         if initial is not None:
-            return start_of(initial, "initial=")
+            return start_of(initial, "initial=", specs)
         if model is None:
             return None
         if not isinstance(model, Model):

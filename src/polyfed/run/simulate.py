@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -21,7 +21,7 @@ from polyfed.core.coordinator import Coordinator, Federation
 from polyfed.core.errors import CorruptError, PolyfedError, RunError, StorageError, UsageError
 from polyfed.core.history import RoundLog
 from polyfed.core.manifest import manifest_of
-from polyfed.core.message import State
+from polyfed.core.message import Message, State
 from polyfed.core.protocols import Executor, Job, Reply, Site
 from polyfed.core.round import Rules
 from polyfed.core.schedule import Schedule, Sync
@@ -38,6 +38,7 @@ from polyfed.run.client import (
     populate,
     trainers_of,
     with_everything,
+    with_replaced_starts,
     with_used_start,
 )
 from polyfed.run.driver import Driver
@@ -228,6 +229,8 @@ def open_rounds(
         with naming_groups(population.groups):
             start = algorithm.init(federation.env(0, len(population.sites)))
         population = with_used_start(population, algorithm, start)
+    if begun := [name for name, site in population.sites.items() if site.begins.trees]:
+        population = with_replaced_starts(population, algorithm, _first_messages(federation, begun, population.groups))
     works = _executor(executor, workers)
     onlooker = _watch(watch)
     coordinator, files, is_new = _coordinator(federation, population, checkpoint)
@@ -255,6 +258,14 @@ def open_rounds(
             coordinator.journal.close()
         raise
     return OpenLoop(Run(algorithm, population, driver, works, onlooker))
+
+
+def _first_messages(federation: Federation, names: Iterable[str], groups: Mapping[str, str]) -> dict[str, Message]:
+    """What the server would send these clients if they came in round 1."""
+    algorithm, count = federation.algorithm, len(groups)
+    with naming_groups(groups):
+        state = algorithm.init(federation.env(0, count))
+    return {name: algorithm.broadcast(state, name, federation.env(1, count, name)) for name in names}
 
 
 def _watch(watch: Watch | Literal["live"] | None) -> Watch | None:
@@ -359,6 +370,9 @@ def _compare(run: Run, name: str, seed: int, executor: str | Executor, workers: 
     try:
         result = baseline(name, run.population, run.driver.coordinator.history, seed, executor, workers)
         run.baselines[name] = {client: dict(metrics) for client, metrics in result.test.items()}
+        if run.population.replaced:
+            names = ", ".join(run.population.replaced)
+            run.notes.append(f"{name!r} of {names} began from the shared part of start=, and the federation did not")
         if name == "alone" and "student" in run.driver.coordinator.federation.trainers:
             run.alone = result  # its models are asked about everyone's rows
     except PolyfedError as error:
@@ -432,9 +446,11 @@ def _somebody_is_there(population: Population, schedule: Schedule, rounds: int |
         absent = [client for client in clients if not client.is_present(number)]
         if len(clients) - len(absent) < needed:
             said = [f"{c.name} is away" if c.joins_at <= number else f"{c.name} joins at {c.joins_at}" for c in absent]
+            least = "one" if needed == 1 else needed
+            instead = f"let at least {least} have joins_at=1" if number == 1 else "change joins_at= or away="
             raise UsageError(
                 f"round {number} needs {needed} of the clients and {len(clients) - len(absent)} take part: "
-                f"{', '.join(said)}; change joins_at= or away="
+                f"{', '.join(said)}; {instead}"
             )
 
 
