@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from sklearn.tree import DecisionTreeClassifier
+
+import polyfed as pf
 
 FOLDER = Path(__file__).parents[2] / "examples" / "medical"
 
@@ -85,6 +89,21 @@ def test_west_is_no_participant_and_every_clinic_reads_the_same_inputs(pieces):
     assert len({name for table in tables.values() for name in table[thyroid.TARGET]}) == thyroid.CLASSES
 
 
+def test_no_diagnosis_is_spoken_of_as_none(pieces, monkeypatch):
+    thyroid = pieces["thyroid"]
+    x = pd.DataFrame({"TSH": np.arange(40.0)})
+    y = np.where(np.arange(40) % 3 == 0, "ill", "-")
+    told = x.head(3).assign(**{thyroid.TARGET: ["ill", "-", "-"]})
+    members = [pf.Client("one", pf.sklearn(DecisionTreeClassifier(max_depth=1)), data=(x, y), split=pf.Split(0.2, 0.2))]
+    result = pf.simulate(pf.Local(), members, rounds=1, baselines=())
+    monkeypatch.setattr(thyroid, "tables", lambda: {thyroid.ASKS: told})
+    monkeypatch.setattr(thyroid, "opinion", lambda *_: np.array([[0.9, 0.1]] * 3))
+    monkeypatch.setattr(type(result), "student", None)
+    text = thyroid.west(result, None)
+    assert "vote for none" in text or "vote for ill" in text
+    assert not any(word == "-" for line in text.splitlines() for word in line.split())
+
+
 def test_without_the_files_of_the_genes_the_part_is_left_out_and_says_what_to_install(pieces, monkeypatch):
     import genes
 
@@ -93,7 +112,7 @@ def test_without_the_files_of_the_genes_the_part_is_left_out_and_says_what_to_in
 
     monkeypatch.setattr(cohorts, "find_spec", lambda package: None)
     genes.cohort.cache_clear()
-    with pytest.raises(DataError, match="pip install --no-deps oncodatasets"):
+    with pytest.raises(DataError, match="pip install --no-deps oncodatasets scikit-survival"):
         genes.show(0, small=True)
 
 
