@@ -61,6 +61,11 @@ def test_readme_in_chinese_has_the_sections_code_and_tables_of_the_readme():
     assert english - {"README.zh-CN.md"} == chinese - {"README.md"}
 
 
+def test_files_of_tests_have_names_of_their_own():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_torch_keeps_its_upper_bound():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     torches = [wish for wishes in extras.values() for wish in wishes if wish.startswith("torch")]
