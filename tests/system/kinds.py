@@ -182,7 +182,8 @@ def settings_of(cell):
     algorithm, framework, style = cell
     if framework == "together":
         return _settings(*together(algorithm))
-    return _settings((ALGORITHMS | PERSONAL)[algorithm](), federated(MODELS[framework](style)))
+    agreed = ("personal",) if algorithm == "FedBABU" else ()  # over a network its one head is some client's first one
+    return _settings((ALGORITHMS | PERSONAL)[algorithm](), federated(MODELS[framework](style), consents=agreed))
 
 
 def _settings(algorithm, clients, **more):
