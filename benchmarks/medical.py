@@ -15,7 +15,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import bench
 import numpy as np
-from scipy.stats import t as student
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "medical"))
 
@@ -34,6 +32,7 @@ import modalities
 import paired
 import thyroid
 from figures import Figures, table
+from seeds import interval
 
 from polyfed.core.errors import DataError
 
@@ -66,11 +65,6 @@ def has_genes() -> bool:
         print(f"genes are left out: {error}", file=sys.stderr)
         return False
     return True
-
-
-def interval(sample: np.ndarray) -> tuple[float, float]:
-    half = float(student.ppf(0.95, len(sample) - 1)) * sample.std(ddof=1) / math.sqrt(len(sample))
-    return float(sample.mean() - half), float(sample.mean() + half)
 
 
 def gaps(runs: Mapping[int, Measured], part: str, one: str, other: str, who: tuple[str, ...] = ()) -> np.ndarray:

@@ -24,7 +24,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-import math
 import sys
 import time
 from collections import OrderedDict
@@ -36,7 +35,7 @@ from typing import Any
 
 import bench
 import numpy as np
-from scipy.stats import t as student
+from seeds import interval
 from sklearn.datasets import load_digits
 
 import polyfed as pf
@@ -163,12 +162,6 @@ def stopping(rows: Rows, seed: int, runs: Mapping[str, pf.Result]) -> Figures:
 
 
 # ------------------------------------------------------------------------------------------ what it says
-
-
-def interval(sample: np.ndarray) -> tuple[float, float]:
-    """90 % interval of the mean by Student's t."""
-    half = float(student.ppf(0.95, len(sample) - 1)) * sample.std(ddof=1) / math.sqrt(len(sample))
-    return float(sample.mean() - half), float(sample.mean() + half)
 
 
 def table(found: Mapping[str, np.ndarray]) -> str:

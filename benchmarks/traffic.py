@@ -16,7 +16,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -27,12 +26,12 @@ from pathlib import Path
 
 import bench
 import numpy as np
-from scipy.stats import t as student
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "traffic"))
 
 import forecasts
 from places import CITIES, everybody, newcomers
+from seeds import interval
 
 SEEDS = range(3)
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
@@ -80,12 +79,6 @@ def of_seed(seed: int, *, quick: bool) -> Run:
 
 def mean_of(run: Run, part: str, way: str, names: Callable[[str], bool] = lambda _: True) -> float:
     return float(np.nanmean([figures[way] for name, figures in run[part].items() if names(name)]))
-
-
-def interval(sample: np.ndarray) -> tuple[float, float]:
-    """90 % interval of the mean by Student's t: over seeds, how much starts, orders and the draw of newcomers matter."""
-    half = float(student.ppf(0.95, len(sample) - 1)) * sample.std(ddof=1) / math.sqrt(len(sample))
-    return float(sample.mean() - half), float(sample.mean() + half)
 
 
 def is_city(name: str) -> bool:

@@ -8,11 +8,10 @@ from pathlib import Path
 here = Path(__file__).parent
 quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "error"}
 failed = []
-small = {path: "--small" for path in sorted(here.glob("*.py")) if path.name != "run_all.py"}
-small |= dict.fromkeys(sorted(here.glob("*/run.py")), "--quick")  # the showcases, a folder each
-for path, word in small.items():
+showcases = sorted(here.glob("*/run.py"))  # a folder each
+for path in [*(path for path in sorted(here.glob("*.py")) if path.name != "run_all.py"), *showcases]:
     name = str(path.relative_to(here))
-    done = subprocess.run([sys.executable, path, word], capture_output=True, text=True, env=quiet, check=False)
+    done = subprocess.run([sys.executable, path, "--small"], capture_output=True, text=True, env=quiet, check=False)
     print(f"{name}: {'ok' if done.returncode == 0 else 'FAILED'}", flush=True)
     if done.returncode:
         failed.append(name)

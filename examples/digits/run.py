@@ -213,7 +213,7 @@ def show(found: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="digits of three shapes")
-    parser.add_argument("--small", "--quick", action="store_true", dest="small", help="that it runs, not how well")
+    parser.add_argument("--small", action="store_true", help="that it runs, not how well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, help="so many, from --seed on; the last table is their mean")
     asked = parser.parse_args()

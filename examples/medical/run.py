@@ -25,7 +25,7 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given twice")
-    parser.add_argument("--small", "--quick", action="store_true", help="a few rounds: that it runs, not how well")
+    parser.add_argument("--small", action="store_true", help="a few rounds: that it runs, not how well")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for name in options.part or PARTS:

@@ -1,6 +1,6 @@
 """Three cities and 26 car parks learn to forecast the next hour; see README.md beside this file.
 
-python examples/traffic/run.py [--quick] [--seed N]
+python examples/traffic/run.py [--small] [--seed N]
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from places import CITIES, everybody, newcomers
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="traffic of four cities, forecast together")
-    parser.add_argument("--quick", action="store_true", help="few rounds and short records: that it runs, not how well")
+    parser.add_argument("--small", action="store_true", help="few rounds and short records: that it runs, not how well")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    settings = QUICK if asked.quick else Settings()
+    settings = QUICK if asked.small else Settings()
     begin = time.monotonic()
-    places = everybody(quick=asked.quick)
+    places = everybody(quick=asked.small)
     few = newcomers(places, asked.seed)
     solo = alone(places, few, asked.seed, settings)
     federated = together(places, few, asked.seed, settings)
