@@ -41,7 +41,7 @@ class Personal(FedAvg):
 
     def personal(self, message: Message, memory: Memory, fitted: Fitted) -> Generator[Any, Any, Message]:
         """Trains the personal model; `fitted` is the shared one after this round's work. Returns what to remember."""
-        raise NotImplementedError
+        raise NotImplementedError  # each method's own
 
 
 def beside(message: Message, memory: Memory) -> Memory:

@@ -812,7 +812,6 @@ def _few(names: Sequence[str]) -> str:
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
-def with_everything(client: Client, raw: Raw, parts: Parts, problem: Problem) -> Client:
+def with_everything(client: Client, raw: Raw, parts: Parts) -> Client:
     """The client as it is when it does not join: the rows that it set aside are its own again, with their labels."""
-    del problem
     return replace(client, data=raw, target=None, groups=None, time=None, split=parts.with_public())

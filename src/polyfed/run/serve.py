@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import threading
 import warnings
@@ -41,6 +40,7 @@ from polyfed.run.columns import check_order
 from polyfed.run.student import student_of
 from polyfed.run.trainers import check_trainers, given_to_train, trainers_at_server
 from polyfed.storage.blobs import FileBlobs
+from polyfed.storage.files import write_whole
 from polyfed.storage.journal import FileJournal
 
 #: A client from which nothing has come for so long, in seconds, counts as lost; its task is handed out once more.
@@ -270,13 +270,8 @@ class Host:
             "groups": dict(groups),
             "first": {group: blobs.put(wire.to_bytes(start.message)) for group, start in first.items()},
         }
-        text, part = json.dumps(said, sort_keys=True, indent=1), path.with_suffix(".part")
         try:
-            with part.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            write_whole(path, [json.dumps(said, sort_keys=True, indent=1).encode()])
         except OSError as error:
             raise StorageError(f"{path} cannot be written: {error}") from error
 

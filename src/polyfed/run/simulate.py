@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -43,6 +42,7 @@ from polyfed.run.client import (
 )
 from polyfed.run.driver import Driver
 from polyfed.run.result import Result
+from polyfed.storage.files import write_whole
 from polyfed.storage.memories import FileMemories
 
 #: Up to this many clients the "alone" baseline is worked out without being asked for.
@@ -520,7 +520,10 @@ def _same_run(folder: Path, federation: Federation, population: Population) -> N
     # a function is named by its address, which another process has elsewhere
     path, text = folder / "run.json", _ADDRESS.sub("", json.dumps(said, sort_keys=True, indent=1, default=str))
     if not path.exists():
-        _write_whole(path, text)
+        try:
+            write_whole(path, [text.encode()])
+        except OSError as error:
+            raise StorageError(f"the checkpoint cannot be written to {path}: {error}") from error
     elif (found := path.read_text()) != text:
         old, new = _read_json(path, found), json.loads(text)
         differs = "; ".join(_MEANING.get(key, key) for key in new if old.get(key) != new[key]) or "its form"
@@ -537,19 +540,6 @@ def _read_json(path: Path, text: str) -> dict[str, Any]:
         return dict(json.loads(text))
     except (ValueError, TypeError) as error:
         raise CorruptError(f"{path} cannot be read back: {error}; this checkpoint is damaged") from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A file that is whole or not there, whenever the process or the machine ends."""
-    part = path.with_suffix(".part")
-    try:
-        with part.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
-    except OSError as error:
-        raise StorageError(f"the checkpoint cannot be written to {path}: {error}") from error
 
 
 def _digest_of(site: Site) -> str:
@@ -620,7 +610,7 @@ def _alone(
 
 def _baseline_client(client: Client, population: Population, together: str) -> Client:
     raw, parts = population.raws[client.name], population.parts[client.name]
-    own = with_everything(client, raw, parts, population.problem)
+    own = with_everything(client, raw, parts)
     if not together:
         return own
     from polyfed import data as tables  # only the pooled baseline joins tables
