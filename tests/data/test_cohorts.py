@@ -80,6 +80,7 @@ def test_what_is_not_installed_is_named_with_the_command(folder, monkeypatch):
         breast()
 
 
+@pytest.mark.heavy  # `make test-all` installs the files
 @pytest.mark.skipif(
     cohorts.find_spec("oncodatasets") is None or cohorts.find_spec("sksurv") is None,
     reason="pip install --no-deps oncodatasets scikit-survival",
